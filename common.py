@@ -18,9 +18,7 @@ def seeds(seed: int, purpose: str, replicate: int = 0, child: int = 0) -> np.ran
     return np.random.SeedSequence([seed, replicate, child, PURPOSES.index(purpose)])
 
 
-def generator(
-    seed: int, purpose: str, replicate: int = 0, child: int = 0
-) -> np.random.Generator:
+def generator(seed: int, purpose: str, replicate: int = 0, child: int = 0) -> np.random.Generator:
     """A NumPy generator for draws that are made once: initialisation, subsets, label noise."""
     return np.random.default_rng(seeds(seed, purpose, replicate, child))
 
@@ -53,7 +51,11 @@ def fused(definition: Any) -> Any:
     @functools.wraps(definition)
     def call(*args, **kwargs):
         ops = csrc_ops()
-        return getattr(ops, definition.__name__)(*args, **kwargs) if ops else definition(*args, **kwargs)
+        return (
+            getattr(ops, definition.__name__)(*args, **kwargs)
+            if ops
+            else definition(*args, **kwargs)
+        )
 
     call.definition = definition
     return call
@@ -109,8 +111,9 @@ def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     log_p = logits.log_softmax(-1)
     picked = labels[:, None]
     loss = -log_p.gather(1, picked)[:, 0]
-    largest = (logits == logits.amax(-1, keepdim=True)).to(torch.uint8)
-    error = (largest.argmax(-1) != labels) | logits.isnan().any(-1)
+    error = (logits.argmax(-1) != labels) | logits.isnan().any(
+        -1
+    )  # argmax takes the first of equals
     residual = log_p.exp().scatter_add(1, picked, torch.full_like(loss, -1.0)[:, None])
     return loss, error.to(loss.dtype), residual.norm(dim=-1)
 
