@@ -42,7 +42,7 @@ def philox(key: Tensor, counter: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], -1)
 
 
-# ---- the four operations that csrc/ fuses; these are their definitions ----------------------------
+# ---- the four operations that csrc/ fuses: their definitions -------------------------------------
 
 
 def fused(definition: Any) -> Any:
@@ -92,9 +92,9 @@ def masked_sgd_(
     lr = lr[:, None]
     step = gradient.to(weights.dtype) + weight_decay * weights
     momentum.mul_(mu).add_(step)
-    momentum[:, :prunable] *= mask
+    momentum[:, :prunable].masked_fill_(~mask, 0)
     weights.sub_(lr * momentum)
-    weights[:, :prunable] *= mask
+    weights[:, :prunable].masked_fill_(~mask, 0)
     gradient.zero_()
     if low is not None:
         low.copy_(weights)
@@ -125,8 +125,9 @@ def loss_barrier(
     """Barrier of every example between two networks: loss at (1 - a) first + a second minus the
     same mixture of the losses at the two ends (not clipped), likewise for the 0-1 error.
 
-    middle (A, N, C) logits of the interpolated networks, first and second (N, C) of the ends, labels
-    (N,) int64, alphas (A,) float32 -> loss (A, N), error (A, N), and their suprema over a (N,).
+    middle (A, N, C) logits of the interpolated networks, first and second (N, C) of the ends,
+    labels (N,) int64, alphas (A,) float32 -> loss (A, N), error (A, N), and their suprema over a,
+    each (N,).
     """
     ends = [example_losses.definition(x, labels)[:2] for x in (first, second)]
     mids = [example_losses.definition(x, labels)[:2] for x in middle]
@@ -152,8 +153,8 @@ def augment(
     """A training batch: random crop out of a border of `pad` black pixels, random flip, normalise.
 
     images (N, H, W, C) uint8, indices (B,) int64, key (2,) int64 and step (1,) int64 for `philox`
-    (slot b of the batch draws from counter (b, step, 0, 0): words 0 and 1 crop, word 2 flips), scale
-    and shift (C,) float32 with pixel * scale + shift the normalised value -> (B, C, H, W)
+    (slot b of the batch draws from counter (b, step, 0, 0): words 0 and 1 crop, word 2 flips),
+    scale and shift (C,) float32 with pixel * scale + shift the normalised value -> (B, C, H, W)
     channels-last, float32 or bfloat16.
     """
     height, width = images.shape[1:3]
