@@ -1,0 +1,1 @@
+// The loops of ops.cpp, for CUDA: to come.
