@@ -31,7 +31,7 @@ SOURCES = ("math.h", "ops.cpp", "ops.cu")
 OPS = ("masked_sgd_", "example_losses", "loss_barrier", "augment")
 # no contraction and no fast-math: one arithmetic on every processor, see math.h
 CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v"]
 
 
 class BuildError(Exception):

@@ -83,14 +83,14 @@ HD float exp_nonpositive(float x) {
   return x < -87.3f ? 0.0f : p * power;
 #endif
 }
-HD double exp_nonpositive(double x) { return exp(x); }
+HD double exp_nonpositive(double x) { return std::exp(x); }
 
 // First pass over a row: its maximum, and whether another class beats the label's logit `own` (the
 // first of equals wins, as in argmax; any comparison with a NaN counts as beaten).
 template <class T>
 HD void see_logit(T x, T own, bool before_label, T& top, int& error) {
   top = x > top ? x : top;
-  error |= before_label ? !(x < own) : !(x <= own);
+  error |= int(!(x <= own)) | (int(before_label) & int(x == own));
 }
 
 // Second pass: the sums over the classes that are not the label. Leaving the label out spares
@@ -106,6 +106,7 @@ HD void add_logit(T x, T top, bool is_label, T& others, T& squares) {
 // 1 - p[label] = others / z and the other p are e / z.
 template <class T>
 HD void finish_row(T top, T own, T others, T squares, T& loss, T& norm) {
+  using std::log1p, std::sqrt;  // in the precision of T
   const T below = top - own;
   const T e_label = exp_nonpositive(own - top);
   loss = below + log1p(others + (e_label - T(1)));
