@@ -1,0 +1,141 @@
+"""Stage 1: a score per training example, by which easy and hard subsets are ranked.
+
+EL2N (Definition 2.1): the mean over K networks, early in training, of ||softmax - onehot||_2 on the
+unaugmented training images, BatchNorm in eval mode. Forgetting (Toneva et al. 2019): how often an
+example turned from right to wrong between two of its presentations in a minibatch, over a whole
+training; one that no network got right at any presentation ranks behind all others.
+
+    python el2n.py --dataset cifar10
+    python el2n.py --dataset cifar10 --metric forgetting --networks 4
+
+Writes results/el2n/<data>-<network>/<metric>/: scores.npy (N,) float32 in the order of the training
+images; scores.json: data, settings, classes from easy to hard; for forgetting never_learned.npy
+(N,), the fraction of the networks that never got an example right. Other stages run this one when
+the EL2N scores they need are missing.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+import common
+
+SCORERS = 1 << 16  # scoring network k is replicate SCORERS + k: no network that IMP prunes
+
+
+def flags() -> common.Parser:
+    parser = common.flags(__doc__, "noise")
+    parser.add_argument("--metric", choices=("el2n", "forgetting"), default="el2n")
+    parser.add_argument("--networks", type=common.positive, help="K [the preset's]")
+    told = "steps before scoring [the preset's; for forgetting: --steps]"
+    parser.add_argument("--score-step", type=common.positive, help=told)
+    return parser
+
+
+def arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """This stage's flags when a stage run with `args` lacks its scores: the shared ones are that
+    stage's, but for the length of its training, on which scores do not depend."""
+    mine = vars(flags().parse_args([]))
+    apart = ("steps", "milestones", "engine", "fresh")
+    shared = {k: v for k, v in vars(args).items() if k in mine and k not in apart}
+    return argparse.Namespace(**mine | shared)
+
+
+def count_forgetting(training: common.Training) -> None:
+    """Has a training count, per network and example (K, N), turns from right to wrong."""
+    labels = training.streams[0].labels
+    empty = torch.zeros(
+        training.networks.rows, len(labels), dtype=torch.int32, device=labels.device
+    )
+    state = {k: empty.bool() for k in ("right", "learned")}
+    state |= {k: empty.clone() for k in ("seen", "forgotten")}
+
+    def watch(networks, step, indices, logits) -> None:
+        for r, i in indices.items():
+            right = logits[r].argmax(-1) == labels[i]
+            state["forgotten"][r, i] += state["right"][r, i] & ~right
+            state["learned"][r, i] |= right
+            state["right"][r, i] = right
+            state["seen"][r, i] += 1
+
+    training.watch, training.extra = watch, state
+
+
+def forgetting_scores(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(K, N) events; what was never learned counts its presentations, more than any events."""
+    return torch.where(state["learned"], state["forgotten"], state["seen"].amax(1, keepdim=True))
+
+
+def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -> None:
+    """Trains the K networks side by side and leaves scores.npy and scores.json in the run."""
+    labels = common.noisy_labels(data, args.label_noise, args.seed)
+    networks = common.Networks(common.make_model(args, data), args.networks, args.device)
+    streams = []
+    for k, module in enumerate(networks.modules):
+        common.initialise(module, common.generator(args.seed, "init", SCORERS + k))
+        streams.append(common.make_stream(args, data, SCORERS + k, labels=labels))
+    schedule = common.step_schedule(args.lr, args.milestones)
+    training = common.Training(args, data, networks, streams, 0, args.score_step, schedule)
+    forgetting = args.metric == "forgetting"
+    if forgetting:
+        count_forgetting(training)
+    with common.progress_bar(args, args.score_step * args.networks) as progress:
+        common.fit(training, [run], args.metric, progress)
+    if (bad := networks.diverged.tolist()) != [-1] * args.networks:
+        k = next(k for k, s in enumerate(bad) if s >= 0)
+        raise common.UserError(f"network {k} diverged at step {bad[k]}: lower --lr ({args.lr:g})")
+    if forgetting:
+        each = forgetting_scores(training.extra)
+        never = 1 - training.extra["learned"].float().mean(0)
+        common.write(run.folder / "never_learned.npy", lambda f: np.save(f, never.cpu().numpy()))
+    else:
+        each = el2n_scores(networks, data, labels)
+    scores = each.double().mean(0).float().cpu().numpy()
+    by_class = {c: scores[labels.cpu().numpy() == k].mean() for k, c in enumerate(data.classes)}
+    told = {
+        "metric": args.metric,
+        "data": data.fingerprint,
+        "label_noise": [args.label_noise, args.seed if args.label_noise else 0],
+        "sha256_of_scores": common.fingerprint(scores),
+        "networks": args.networks,
+        "score_step": args.score_step,
+        "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
+        "mean_by_class": {c: float(v) for c, v in by_class.items()},
+    }
+    common.write(run.folder / "scores.npy", lambda f: np.save(f, scores))
+    common.write_json(run.folder / "scores.json", told)
+    run.finish({"scores": "scores.npy", "seconds": run.seconds})
+
+
+def el2n_scores(networks: common.Networks, data: common.Data, labels: torch.Tensor) -> torch.Tensor:
+    """(K, N) norms of the error vector softmax - onehot."""
+    logits = common.predict(networks, data, data.train_images)
+    return torch.stack([common.example_losses(row, labels)[2] for row in logits])
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Makes the scores unless they are there; returns scores.json."""
+    whole = args.metric == "forgetting" and args.score_step is None
+    data = common.prepare(args)
+    args.score_step = args.steps if whole else args.score_step
+    settings = common.settings_of(args, data, "metric", "networks", "score_step", "label_noise")
+    if args.metric == "el2n":
+        del settings["steps"]
+    with common.open_runs(args, data, "el2n", common.run_name(args, args.metric), settings) as [
+        run
+    ]:
+        path = run.folder / "scores.npy"
+        if run.result is None or not path.exists():
+            run_networks(args, data, run)
+        told = common.read_json(path.with_suffix(".json"))
+    order = " ".join(told["classes_from_easy_to_hard"])
+    print(
+        f"{told['metric']} of {data.name}, {told['networks']} networks; from easy to hard: {order}"
+    )
+    print(path)
+    return told
+
+
+if __name__ == "__main__":
+    common.run_stage(main, flags())
