@@ -637,6 +637,10 @@ class Networks:
         """Copies on the CPU of the state of some rows: all that a step reads and writes."""
         return {k: getattr(self, k)[rows].cpu().clone() for k in STATE}
 
+    def snapshot(self, row: int) -> dict[str, Tensor]:
+        """What a trained network is, on the CPU: weights (D,) and BatchNorm statistics (B,)."""
+        return {k: getattr(self, k)[row].cpu().clone() for k in ("weights", "batchnorm")}
+
     def put(self, rows: slice, state: dict[str, Tensor]) -> None:
         for k in STATE:
             getattr(self, k)[rows] = state[k].to(self.weights.device)
@@ -670,9 +674,9 @@ def shaped(row: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclasses.dataclass
 class Stream:
-    """What one row trains on: images, labels, the indices it may draw, order, augmentation."""
+    """What one row trains on: the labels (N,), the training examples it may draw (M,), and the
+    keys of its data order and of its augmentation."""
 
-    images: Tensor
     labels: Tensor
     indices: Tensor
     order: tuple[int, int]
@@ -691,7 +695,6 @@ def make_stream(
     Children of one replicate differ in order and augmentation and in nothing else."""
     device = data.train_images.device
     return Stream(
-        data.train_images,
         data.train_labels if labels is None else labels,
         torch.arange(len(data.train_labels), device=device) if indices is None else indices,
         philox_key(args.seed, "order", replicate, child),
@@ -738,24 +741,18 @@ def forward_loss(engine: str, precision: str) -> Callable:
 
     if engine == "eager":
         return forward
-    compiled, working = torch.compile(forward, dynamic=False), []
+    compiled = torch.compile(forward, dynamic=False)
 
-    def call(module, x, y):
-        if working == [False]:
-            return forward(module, x, y)
+    def call(*batch) -> tuple[Tensor, Tensor]:
+        nonlocal compiled
         try:
-            result = compiled(module, x, y)
-            working[:] = [True]
-        except Exception as e:  # a compiler's failure, of whatever kind, costs speed only
-            if working:
+            return compiled(*batch)
+        except Exception as e:  # whatever a compiler fails with costs speed only
+            if compiled is forward:
                 raise
-            print(
-                f"torch.compile failed ({one_line(e)}); going on with --engine eager",
-                file=sys.stderr,
-            )
-            working[:] = [False]
-            result = forward(module, x, y)
-        return result
+            print(f"torch.compile failed, going on eagerly: {one_line(e)}", file=sys.stderr)
+            compiled = forward
+            return forward(*batch)
 
     return call
 
@@ -787,7 +784,8 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
     """Takes one masked SGD step of every row after the other; yields the number of steps done at
     each step of `t.at` and now and then between. A row whose loss stops being finite is left where
     it is (`networks.diverged`). Nothing in a step waits for the device."""
-    args, data, networks, streams = t.args, t.data, t.networks, t.streams
+    args, networks, streams = t.args, t.networks, t.streams
+    images, scaling = t.data.train_images, (t.data.scale, t.data.shift)
     step = t.start if start is None else start
     device = networks.weights.device
     compute = forward_loss(args.engine, args.precision)
@@ -804,9 +802,7 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
         for r in active:
             s = streams[r]
             indices = batches[r].index_select(0, place)[0]
-            x = augment(
-                s.images, indices, s.augment, now, data.scale, data.shift, args.pad, args.flip
-            )
+            x = augment(images, indices, s.augment, now, *scaling, args.pad, args.flip)
             loss, logits = compute(networks.modules[r], x, s.labels[indices])
             loss.backward()
             finite = loss.detach().isfinite() | (networks.diverged[r] >= 0)
@@ -849,10 +845,19 @@ def predict(networks: Networks, data: Data, images: Tensor, batch_size: int = 10
     return torch.cat(logits).view(networks.rows, len(images), -1)
 
 
+def evaluate(
+    networks: Networks, data: Data, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, 0-1 error and EL2N norm, each (R, N), of every row on every example."""
+    rows = [example_losses(row, labels) for row in predict(networks, data, images)]
+    loss, error, norm = (torch.stack(x) for x in zip(*rows, strict=True))
+    return loss, error, norm
+
+
 def accuracy(networks: Networks, data: Data) -> list[float]:
     """Test accuracy of every row, a fraction."""
-    logits = predict(networks, data, data.test_images)
-    return [1 - example_losses(row, data.test_labels)[1].mean().item() for row in logits]
+    _, error, _ = evaluate(networks, data, data.test_images, data.test_labels)
+    return (1 - error.double().mean(1)).tolist()
 
 
 # ---- files: whole or not at all, and checked when read -------------------------------------------
@@ -982,7 +987,7 @@ class Run:
     what the phase in progress has taken, over all processes that worked on it."""
 
     def __init__(
-        self, folder: Path, replicate: int, settings: dict, fresh: bool, environment: dict
+        self, folder: Path, replicate: int, settings: dict, here: dict, fresh: bool = False
     ):
         self.folder, self.replicate, self.seconds = folder, replicate, 0.0
         self.ended: str | None = None  # why it cannot go on
@@ -993,34 +998,27 @@ class Run:
             for path in folder.iterdir():
                 if path.name != ".lock" and (fresh or path.suffix == ".tmp"):
                     path.unlink()
-            self.enter(settings, environment)
+            self.enter(settings, here)
         except BaseException:
             self.held.close()
             raise
 
-    def enter(self, settings: dict, environment: dict) -> None:
+    def enter(self, settings: dict, here: dict) -> None:
         """Compares the settings with those the folder was made with, or writes them down."""
         path, settings = self.folder / "config.json", json.loads(json.dumps(settings))
         if not path.exists():
-            self.config = {"settings": settings, "environments": [environment]}
+            self.config = {"settings": settings, "environments": [here]}
             return write_json(path, self.config)
         self.config = read_json(path)
-        then = self.config["settings"]
+        then, before = self.config["settings"], self.config["environments"][-1]
         if differ := sorted(k for k in then | settings if then.get(k) != settings.get(k)):
             told = ", ".join(f"{k} {then.get(k)}, now {settings.get(k)}" for k in differ)
-            raise UserError(
-                f"{self.folder} holds a run of other settings ({told}): "
-                "--fresh starts it over, --out keeps both"
-            )
-        if self.config["environments"][-1] != environment:
-            told = [
-                k for k, v in environment.items() if self.config["environments"][-1].get(k) != v
-            ]
-            print(
-                f"{self.folder} goes on under another {', '.join(told)}: not to the same bits",
-                file=sys.stderr,
-            )
-            self.config["environments"].append(environment)
+            remedy = "--fresh starts it over, --out keeps both"
+            raise UserError(f"{self.folder} holds a run of other settings ({told}): {remedy}")
+        if differ := sorted(k for k in before | here if before.get(k) != here.get(k)):
+            told = ", ".join(f"{k} {before.get(k)}, now {here.get(k)}" for k in differ)
+            print(f"{self.folder}: {told}; what is left may differ in bits", file=sys.stderr)
+            self.config["environments"].append(here)
             write_json(path, self.config)
 
     def has(self, name: str) -> bool:
@@ -1090,11 +1088,11 @@ class Run:
 
 def environment(args: argparse.Namespace) -> dict:
     """What the bits of a result depend on, beside the settings."""
-    commit = subprocess.run(
-        ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
     cuda = args.device.type == "cuda"
     return {
         "commit": commit,
@@ -1173,8 +1171,9 @@ def fit(
 
 def skip(progress: tqdm, steps: int) -> None:
     """Steps that an earlier process took: done, but no measure of speed."""
-    progress.initial += steps
-    progress.update(steps)
+    if not progress.disable:
+        progress.initial += steps
+        progress.update(steps)
 
 
 def side_by_side(runs: list[Run], phase: str) -> list[list[Run]]:
@@ -1212,17 +1211,16 @@ def pretrain(
         fit(training, group, "pretrain", progress, observe)
         test_accuracy = accuracy(networks, data)
         for r, run in enumerate(group):
-            w = {"weights": networks.weights[r].cpu(), "batchnorm": networks.batchnorm[r].cpu()}
+            w, diverged = networks.snapshot(r), networks.diverged[r].item()
             about = {
                 "step": args.rewind,
                 "data": data.fingerprint,
                 "network": [args.depth, args.width],
-                "diverged": networks.diverged[r].item(),
-                "test_accuracy": test_accuracy[r],
+                "diverged": diverged,
+                "test_accuracy": test_accuracy[r] if diverged < 0 else None,
                 "seconds": run.seconds,
                 "tracked": {k: v[r].cpu().clone() for k, v in training.extra.items()},
             }
-            w = {k: v.clone() for k, v in w.items()}
             run.save("pretrained.pt", {**w, "fingerprint": fingerprint(*w.values()), **about})
     for run in runs:
         if (step := run.load("pretrained.pt")["diverged"]) >= 0:
@@ -1268,11 +1266,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
             value = kind(text)
         except ValueError:
             value = math.nan
-        if (
-            not (low < value or (low == value and not open_low))
-            or not value <= high
-            or math.isinf(value)
-        ):
+        if not (low < value <= high or (low == value and not open_low)) or value == math.inf:
             above = "above" if open_low else "at least"
             limit = f" and at most {high:g}" if high < math.inf else ""
             name = {int: "a whole number", float: "a number"}[kind]
@@ -1360,9 +1354,7 @@ def flags(description: str, *groups: str) -> Parser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     if "subset" in groups:
         kinds = ("all", "random", "easy", "hard")
-        parser.add_argument(
-            "--subset", choices=kinds, default="easy", help="to pre-train on [easy]"
-        )
+        parser.add_argument("--subset", choices=kinds, help="to pre-train on [the preset's: easy]")
         parser.add_argument("--balance", action="store_true", help="easy or hard within each class")
     return parser
 
@@ -1380,13 +1372,8 @@ def prepare(args: argparse.Namespace) -> Data:
         raise UserError(f"--out {args.out}: {e.strerror}") from e
     data = load_data(args.dataset, args.data_dir, args.device, args.quiet)
     n, height, width, _ = data.train_images.shape
-    args.preset = args.preset or (
-        args.dataset
-        if args.dataset in PRESETS
-        else "cifar10"
-        if height == width == 32
-        else "digits"
-    )
+    own = args.dataset if args.dataset in PRESETS else None
+    args.preset = args.preset or own or ("cifar10" if height == width == 32 else "digits")
     for name, value in vars(PRESETS[args.preset]).items():
         if name in ("pad", "flip") or getattr(args, name, value) is None:
             setattr(args, name, value)
@@ -1503,7 +1490,7 @@ def open_runs(
         runs = []
         for r in getattr(args, "replicate", [None]):
             place = folder if r is None else folder / f"rep{r}"
-            runs.append(Run(place, r or 0, settings | {"replicate": r}, args.fresh, here))
+            runs.append(Run(place, r or 0, settings | {"replicate": r}, here, args.fresh))
             held.enter_context(runs[-1].held)
         yield runs
 

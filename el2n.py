@@ -90,7 +90,7 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
         never = 1 - training.extra["learned"].float().mean(0)
         common.write(run.folder / "never_learned.npy", lambda f: np.save(f, never.cpu().numpy()))
     else:
-        each = el2n_scores(networks, data, labels)
+        each = common.evaluate(networks, data, data.train_images, labels)[2]
     scores = each.double().mean(0).float().cpu().numpy()
     by_class = {c: scores[labels.cpu().numpy() == k].mean() for k, c in enumerate(data.classes)}
     told = {
@@ -106,12 +106,6 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
     common.write(run.folder / "scores.npy", lambda f: np.save(f, scores))
     common.write_json(run.folder / "scores.json", told)
     run.finish({"scores": "scores.npy", "seconds": run.seconds})
-
-
-def el2n_scores(networks: common.Networks, data: common.Data, labels: torch.Tensor) -> torch.Tensor:
-    """(K, N) norms of the error vector softmax - onehot."""
-    logits = common.predict(networks, data, data.train_images)
-    return torch.stack([common.example_losses(row, labels)[2] for row in logits])
 
 
 def main(args: argparse.Namespace) -> dict:

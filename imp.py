@@ -68,40 +68,32 @@ def train_level(
     networks = common.Networks(model, len(pairs), args.device)
     for r, (run, mask) in enumerate(pairs):
         networks.rewind(r, run.load("pretrained.pt"), mask)
-    projected = common.accuracy(networks, data)
-    logits = common.predict(networks, data, data.train_images)
-    errors = [common.example_losses(row, data.train_labels)[2].cpu() for row in logits]
+    whole = (networks, data, data.train_images, data.train_labels)
+    projected, (_, _, errors) = common.accuracy(networks, data), common.evaluate(*whole)
 
     streams = [common.make_stream(args, data, run.replicate) for run, _ in pairs]
     schedule = common.step_schedule(args.lr, args.milestones)
     training = common.Training(args, data, networks, streams, args.rewind, args.steps, schedule)
     common.fit(training, [run for run, _ in pairs], phase, progress)
 
-    accuracy = common.accuracy(networks, data)
-    logits = common.predict(networks, data, data.train_images)
+    accuracy, (losses, _, _) = common.accuracy(networks, data), common.evaluate(*whole)
     for r, (run, _) in enumerate(pairs):
-        if (step := networks.diverged[r].item()) >= 0:
-            run.ended = f"level {level}: the loss diverged at step {step}, rate {schedule(step):g}"
+        loss, diverged = losses[r].double().mean().item(), networks.diverged[r].item()
+        if diverged >= 0 or not math.isfinite(loss):
+            step = diverged if diverged >= 0 else args.steps
+            run.ended = f"level {level} diverged at step {step}, learning rate {schedule(step):g}"
             continue
         told = {
             "level": level,
             "weights_remaining": networks.mask[r].double().mean().item(),
             "test_accuracy": accuracy[r],
-            "train_loss": common.example_losses(logits[r], data.train_labels)[0].mean().item(),
+            "train_loss": loss,
             "projected_test_accuracy": projected[r],
             "seconds": run.seconds,
             "steps_per_second": (args.steps - args.rewind) / run.seconds,
         }
-        run.save(
-            f"{phase}.pt",
-            {
-                "mask": networks.mask[r].cpu().clone(),
-                "weights": networks.weights[r].cpu().clone(),
-                "batchnorm": networks.batchnorm[r].cpu().clone(),
-                "projected_error": errors[r],
-                "numbers": told,
-            },
-        )
+        mask = {"mask": networks.mask[r].cpu().clone(), "projected_error": errors[r].cpu().clone()}
+        run.save(f"{phase}.pt", {**mask, **networks.snapshot(r), "numbers": told})
         run.log(phase, args.steps, **told)
 
 

@@ -8,7 +8,6 @@ without a compiled form take the PyTorch definitions through the same operations
 import atexit
 import contextlib
 import fcntl
-import functools
 import hashlib
 import importlib
 import os
@@ -41,13 +40,23 @@ class BuildError(Exception):
 # ---- load ----------------------------------------------------------------------------------------
 
 
-@functools.cache
+_loaded: list[Any] = []  # what load() found; a list, since torch.compile traces through load()
+
+
 def load() -> Any:
     """`torch.ops.datadiet`, built if need be, or None where there is no C++ compiler.
 
-    One line on stderr says what was built and what is missing; none where all is in place.
+    The first call says on stderr, in one line, what was built and what is missing; it says nothing
+    where all is in place. It is not for inside `torch.compile`, the later ones are.
     """
-    notes = []
+    if not _loaded:
+        _loaded.append(torch.ops.datadiet if load_library() else None)
+    return _loaded[0]
+
+
+def load_library() -> bool:
+    """Registers the operations, with the CUDA part, else without; False if neither can be built."""
+    notes, done = [], False
     archs = card_archs()
     for wanted in dict.fromkeys([archs, ()]):
         try:
@@ -59,10 +68,11 @@ def load() -> Any:
             continue
         notes += [note] if note else []
         register()
+        done = True
         break
     if notes:
         print(f"csrc: {'; '.join(notes)}", file=sys.stderr, flush=True)
-    return torch.ops.datadiet if hasattr(torch.ops.datadiet, "augment") else None
+    return done
 
 
 def card_archs() -> tuple[int, ...]:
@@ -74,7 +84,10 @@ def card_archs() -> tuple[int, ...]:
 
 
 def register() -> None:
-    """Shapes for `torch.compile`, and the definitions for devices that have no kernel here."""
+    """Shapes for `torch.compile`, and the definitions for devices that have no kernel here.
+
+    The results carry no gradient, rather than a silently wrong one; the definitions do.
+    """
 
     @torch.library.register_fake("datadiet::masked_sgd_")
     def _(weights, momentum, gradient, mask, lr, mu, weight_decay, low=None) -> None:
@@ -107,6 +120,7 @@ def register() -> None:
     _library = torch.library.Library("datadiet", "IMPL")
     for name in OPS:
         _library.impl(name, definition(name), "CompositeExplicitAutograd")
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def result_type(logits: Tensor) -> torch.dtype:
