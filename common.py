@@ -832,6 +832,11 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
         yield step
 
 
+def normalise(data: Data, images: Tensor) -> Tensor:
+    """(N, H, W, C) uint8 -> (N, C, H, W) float32, channels-last, unaugmented."""
+    return (images * data.scale + data.shift).permute(0, 3, 1, 2)
+
+
 @torch.inference_mode()
 def predict(networks: Networks, data: Data, images: Tensor, batch_size: int = 1000) -> Tensor:
     """Logits (R, N, classes) float32 of unaugmented images (N, H, W, C) uint8, BatchNorm in eval
@@ -840,7 +845,7 @@ def predict(networks: Networks, data: Data, images: Tensor, batch_size: int = 10
     for module in networks.modules:
         module.eval()
         for x in images.split(batch_size):
-            logits.append(module((x * data.scale + data.shift).permute(0, 3, 1, 2)))
+            logits.append(module(normalise(data, x)))
         module.train()
     return torch.cat(logits).view(networks.rows, len(images), -1)
 
@@ -857,7 +862,7 @@ def evaluate(
 def accuracy(networks: Networks, data: Data) -> list[float]:
     """Test accuracy of every row, a fraction."""
     _, error, _ = evaluate(networks, data, data.test_images, data.test_labels)
-    return (1 - error.double().mean(1)).tolist()
+    return (error == 0).double().mean(1).tolist()
 
 
 # ---- files: whole or not at all, and checked when read -------------------------------------------
