@@ -58,12 +58,18 @@ def sgd_case(rows: int, columns: int, mask: str = "random", gradient: torch.dtyp
     return [w, m, g, alive, torch.full((1,), 0.1)]
 
 
-def close_as_torch(ours: Tensor, torchs: Tensor, exact: Tensor, what: str) -> None:
-    """Our largest error is at most twice torch's; one rounding of the largest value is free, as in
-    a handful of numbers torch may have no error at all."""
-    free = exact.abs().nan_to_num(posinf=0).max() * 2.0**-24
+def close_as_torch(
+    ours: Tensor, torchs: Tensor, exact: Tensor, what: str, size: float | None = None
+) -> None:
+    """Our largest error is at most twice torch's. Below a thousand numbers, where torch may have
+    been lucky with all of them, and in float64, which is the judge itself, it may also be 4 units
+    in the last place of `size`, the largest number that was summed."""
     error, theirs = (ours.double() - exact).abs().max(), (torchs.double() - exact).abs().max()
-    assert error <= 2 * theirs + free, f"{what}: {error:.3g}, torch {theirs:.3g}"
+    allowed = 2 * theirs
+    if exact.numel() < 1000 or ours.dtype == F64:
+        size = exact.abs().max() if size is None else size
+        allowed = torch.maximum(allowed, 4 * torch.finfo(ours.dtype).eps * torch.as_tensor(size))
+    assert error <= allowed, f"{what}: {error:.3g}, torch {theirs:.3g}"
 
 
 # ---- arithmetic of math.h, called from Python ----------------------------------------------------
@@ -603,18 +609,19 @@ def test_losses_on_the_card_against_float64(ops, dtype, place):
         logits = draw(n, classes, seed=classes, scale=8).to(dtype)
         labels, alphas = torch.arange(n) % classes, torch.tensor([0.5, 0.25])
         there, y = place(logits.cuda()), labels.cuda()
+        largest = max(1.0, 2 * exact_losses(logits, labels)[0].max().item())
         poison = [torch.full((size,), torch.nan, device="cuda") for size in (n, n, n, 2 * n)]
         del poison  # the allocator hands it on to the results
         ours = ops.example_losses(there, y)
         plain = common.example_losses.definition(there, y)
         for a, b, c in zip(ours, plain, exact_losses(logits, labels), strict=True):
-            close_as_torch(a.cpu(), b.cpu(), c, f"losses of {n} x {classes}")
+            close_as_torch(a.cpu(), b.cpu(), c, f"losses of {n} x {classes}", largest)
         case = [torch.stack([logits, logits * 0.5]), logits, logits * 2, labels, alphas]
         moved = [place(x.cuda()) for x in case]
         exact = common.loss_barrier.definition(*(x.double() for x in case[:3]), labels, alphas)
         plain = common.loss_barrier.definition(*moved)
         for a, b, c in zip(ops.loss_barrier(*moved), plain, exact, strict=True):
-            close_as_torch(a.cpu(), b.cpu(), c, f"barriers of {n} x {classes}")
+            close_as_torch(a.cpu(), b.cpu(), c, f"barriers of {n} x {classes}", largest)
 
 
 @pytest.mark.gpu
