@@ -148,6 +148,7 @@ def build(archs: tuple[int, ...]) -> tuple[Path, str]:
             return library, ""
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compile_into(Path(scratch), archs)
+            Path(scratch, "ops.so").chmod(0o755)  # whatever the umask: see trusted()
             os.replace(Path(scratch, "ops.log"), library.with_suffix(".log"))
             os.replace(Path(scratch, "ops.so"), library)
     seconds = time.perf_counter() - start
@@ -218,10 +219,11 @@ def cuda_home() -> Path:
 
 def cache_folder() -> tuple[Path, str]:
     """A folder that only this user can write to, and a word about it if it is for once only."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache"
-    folder = Path(root).expanduser() / "datadiet"
+    root = os.path.expanduser(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache")
+    folder = Path(root) / "datadiet"
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not root.startswith("~"):  # a user without a home
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if trusted(folder) and os.access(folder, os.W_OK):
         return folder, ""
     scratch = tempfile.mkdtemp(prefix="datadiet-")

@@ -39,7 +39,8 @@ HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 HD float value(f16 x) {  // exact, subnormals too: the exponent is re-biased by a multiplication
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const float finite = bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bit_cast<uint32_t>(finite);
+  const bool is_finite = magnitude < 0x0f800000u;
+  const uint32_t bits = is_finite ? bit_cast<uint32_t>(finite) : magnitude | 0x7f800000u;
   return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 

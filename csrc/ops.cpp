@@ -1,7 +1,7 @@
 // The schemas of torch.ops.datadiet, the checks of their arguments, and the loops for the CPU.
 //
-// Only torch's stable ABI is included (torch 2.11 and newer): it compiles in a few seconds where the
-// full headers take most of a minute. No result depends on the number of threads, on the memory's
+// Only torch's stable ABI is included (torch 2.11 and newer): it compiles in 3 s where the full
+// headers take most of a minute. No result depends on the number of threads, on the memory's
 // alignment, or on which rows lie beside.
 #define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
 #ifdef DATADIET_CUDA
@@ -255,7 +255,10 @@ template <class Out>
 void augment_loop(const Augment& a) {
   const int64_t line = a.width * a.channels, image = a.height * line;
   std::vector<float> scale(line), shift(line);  // repeated along a line, so that it is one loop
-  for (int64_t i = 0; i < line; ++i) scale[i] = a.scale[i % a.channels], shift[i] = a.shift[i % a.channels];
+  for (int64_t i = 0; i < line; ++i) {
+    scale[i] = a.scale[i % a.channels];
+    shift[i] = a.shift[i % a.channels];
+  }
   parallel_for(a.batch, (1 << 14) / std::max<int64_t>(image, 1), [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> pixels(line);
     for (int64_t b = begin; b < end; ++b) {
@@ -304,8 +307,8 @@ void dispatch(const Arguments& a, [[maybe_unused]] const Tensor& beside) {
 constexpr auto F32 = ScalarType::Float, F64 = ScalarType::Double, F16 = ScalarType::Half,
                BF16 = ScalarType::BFloat16, I64 = ScalarType::Long;
 
-void masked_sgd_(Tensor weights, Tensor momentum, Tensor gradient, Tensor mask, Tensor lr, double mu,
-                 double weight_decay, std::optional<Tensor> low) {
+void masked_sgd_(Tensor weights, Tensor momentum, Tensor gradient, Tensor mask, Tensor lr,
+                 double mu, double weight_decay, std::optional<Tensor> low) {
   expect("weights", weights, {F32}, {-1, -1}, weights);
   const int64_t rows = weights.size(0), columns = weights.size(1);
   expect("momentum", momentum, {F32}, {rows, columns}, weights);
@@ -409,10 +412,10 @@ STABLE_TORCH_LIBRARY(datadiet, m) {
       "int pad, bool flip, ScalarType dtype=float) -> Tensor");
 }
 
-#define REGISTER(m)                                        \
-  m.impl("masked_sgd_", TORCH_BOX(&datadiet::masked_sgd_)); \
+#define REGISTER(m)                                               \
+  m.impl("masked_sgd_", TORCH_BOX(&datadiet::masked_sgd_));       \
   m.impl("example_losses", TORCH_BOX(&datadiet::example_losses)); \
-  m.impl("loss_barrier", TORCH_BOX(&datadiet::loss_barrier)); \
+  m.impl("loss_barrier", TORCH_BOX(&datadiet::loss_barrier));     \
   m.impl("augment", TORCH_BOX(&datadiet::augment))
 
 STABLE_TORCH_LIBRARY_IMPL(datadiet, CPU, m) { REGISTER(m); }

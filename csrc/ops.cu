@@ -33,8 +33,8 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 constexpr int THREADS = 256;
 
-// Four weights a thread (V = 4), or one where the rows do not start on 16 bytes; a row of blocks for
-// each row of weights.
+// Four weights a thread (V = 4), or one where the rows do not start on 16 bytes; a row of blocks
+// for each row of weights.
 template <int V, bool LOW, class G>
 __global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a, const bool mask_packed) {
   const int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * V;
@@ -176,8 +176,8 @@ __device__ __forceinline__ RowLosses<Value<X>> losses_by_warp(const X* x, int cl
   return out;
 }
 
-// The losses of this thread's row of `logits` (n, classes), TILED, or of this warp's. All threads of
-// a block must come here together. A label out of range gives NaN.
+// The losses of this thread's row of `logits` (n, classes), TILED, or of this warp's. All threads
+// of a block must come here together. A label out of range gives NaN.
 template <bool TILED, class X>
 __device__ __forceinline__ RowLosses<Value<X>> losses_of_mine(const void* logits, int64_t n,
                                                              int classes, int64_t row,
