@@ -41,10 +41,12 @@ def sgd_row_matrix(device: str, rows: int = ROWS) -> Callable[[], None]:
     return lambda: csrc.load().masked_sgd_(w, m, g, mask, lr, 0.9, 1e-4)
 
 
-def sgd_torch(device: str, sizes: list[int], rows: int = ROWS, **kind: bool) -> Callable[[], None]:
-    """torch.optim.SGD and _foreach_mul_ with the masks of the weights, and nothing else: momentum
-    is left unmasked and the gradient is left as it is, which the fused step does besides."""
-    weights = [normal(n, device=device).requires_grad_() for _ in range(rows) for n in sizes]
+def sgd_torch(
+    device: str, sizes: list[int], same_work: bool = False, **kind: bool
+) -> Callable[[], None]:
+    """torch.optim.SGD and _foreach_mul_ with the masks of the weights. The fused step also masks
+    the momentum and clears the gradient: so does this one with `same_work`."""
+    weights = [normal(n, device=device).requires_grad_() for _ in range(ROWS) for n in sizes]
     masks = [(normal(len(w), device=device) > 0).float() for w in weights]
     for w in weights:
         w.grad = normal(len(w), device=device)
@@ -54,6 +56,9 @@ def sgd_torch(device: str, sizes: list[int], rows: int = ROWS, **kind: bool) -> 
     def step() -> None:
         optimiser.step()
         torch._foreach_mul_(weights, masks)
+        if same_work:
+            torch._foreach_mul_([optimiser.state[w]["momentum_buffer"] for w in weights], masks)
+            optimiser.zero_grad(set_to_none=False)
 
     return step
 
@@ -63,11 +68,12 @@ def pairs(device: str) -> dict[str, tuple[Callable, Callable]]:
     kind = {"foreach": True} if device == "cpu" else {"fused": True}
     matrix = sgd_row_matrix(device)
     out = {
-        "masked_sgd_, 4 rows; torch: 4 flat tensors": (
-            sgd_torch(device, [COLUMNS], **kind),
-            matrix,
-        ),
-        "masked_sgd_, 4 rows; torch: 4 x 65 tensors": (sgd_torch(device, RESNET20, **kind), matrix),
+        f"masked_sgd_, 4 rows; torch: {what}": (sgd_torch(device, sizes, same, **kind), matrix)
+        for what, sizes, same in (
+            ("4 x 65 tensors, as the networks have", RESNET20, False),
+            ("4 flat tensors", [COLUMNS], False),
+            ("4 flat tensors, same work", [COLUMNS], True),
+        )
     }
     for n, classes in ((50_000, 10), (50_000, 100)):
         x, a, b = (normal(n, classes, device=device) for _ in range(3))

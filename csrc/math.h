@@ -95,7 +95,10 @@ HD void see_logit(T x, T own, bool before_label, T& top, int& error) {
 }
 
 // Second pass: the sums over the classes that are not the label. Leaving the label out spares
-// 1 - p[label] its cancellation in both results.
+// 1 - p[label] its cancellation in both results; adding in groups spares many small terms the
+// rounding against a large sum.
+constexpr int GROUP = 8;
+
 template <class T>
 HD void add_logit(T x, T top, bool is_label, T& others, T& squares) {
   const T e = is_label ? T(0) : exp_nonpositive(x - top);

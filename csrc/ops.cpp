@@ -145,8 +145,8 @@ void run(const Sgd& a) {
          : half ? sgd_loop<false, bf16> : sgd_loop<false, float>)(a);
 }
 
-constexpr int ROWS = 32;   // rows side by side, one a vector lane: a row's sums are its own
-constexpr int CHUNK = 32;  // classes summed before their sum joins the row's
+constexpr int ROWS = 32;  // rows side by side, one a vector lane: a row's sums are its own
+constexpr int CHUNK = 128;  // classes in the tile at a time
 
 // Kept from the vectoriser, which would scatter.
 template <class X, class T>
@@ -183,11 +183,15 @@ void losses_of_rows(const X* x, const int64_t* labels, int64_t classes, int n, T
   }
   for (int64_t from = 0; from < classes; from += CHUNK) {
     const int width = classes > CHUNK ? load(from) : int(classes);
-    T sum[ROWS] = {}, sum_squares[ROWS] = {};
-    for (int c = 0; c < width; ++c)
-      for (int r = 0; r < ROWS; ++r)
-        add_logit(tile[c][r], top[r], int32_t(from + c) == label[r], sum[r], sum_squares[r]);
-    for (int r = 0; r < ROWS; ++r) others[r] += sum[r], squares[r] += sum_squares[r];
+    T part[ROWS] = {}, part_squares[ROWS] = {};
+    for (int group = 0; group < width; group += GROUP) {
+      T sum[ROWS] = {}, sum_squares[ROWS] = {};
+      for (int c = group; c < std::min(group + GROUP, width); ++c)
+        for (int r = 0; r < ROWS; ++r)
+          add_logit(tile[c][r], top[r], int32_t(from + c) == label[r], sum[r], sum_squares[r]);
+      for (int r = 0; r < ROWS; ++r) part[r] += sum[r], part_squares[r] += sum_squares[r];
+    }
+    for (int r = 0; r < ROWS; ++r) others[r] += part[r], squares[r] += part_squares[r];
   }
   for (int r = 0; r < n; ++r) {
     finish_row(top[r], own[r], others[r], squares[r], loss[r], norm[r]);

@@ -135,7 +135,13 @@ __device__ __forceinline__ RowLosses<T> losses_of(const T* x, int classes, int l
   T top = -T(INFINITY), others = 0, squares = 0;
   int wrong = 0;
   for (int c = 0; c < classes; ++c) see_logit(x[c], own, c < label, top, wrong);
-  for (int c = 0; c < classes; ++c) add_logit(x[c], top, c == label, others, squares);
+  for (int group = 0; group < classes; group += GROUP) {
+    T sum = 0, sum_squares = 0;
+    const int end = group + GROUP < classes ? group + GROUP : classes;
+    for (int c = group; c < end; ++c) add_logit(x[c], top, c == label, sum, sum_squares);
+    others += sum;
+    squares += sum_squares;
+  }
   RowLosses<T> out;
   finish_row(top, own, others, squares, out.loss, out.norm);
   out.error = T(wrong);

@@ -236,7 +236,7 @@ def exact_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     ("n", "classes", "dtype", "scale"),
     [
         *itertools.product((1, 31, 97), (2, 10, 100, 1000), (F32, BF16, F16), (1.0, 30.0, 1e4)),
-        *itertools.product((1025,), (2, 10, 100, 1000), (F32,), (1.0, 1e4)),
+        *itertools.product((1025,), (2, 10, 65, 100, 1000), (F32,), (0.1, 1.0, 5.0, 30.0, 1e4)),
         *itertools.product((100_003,), (2, 10), (F32,), (1.0,)),
     ],
 )
