@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -508,8 +508,10 @@ def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
 
 
 def scores_path(args: argparse.Namespace, data: Data) -> Path:
-    """Where `el2n.py` leaves its EL2N scores under the shared settings of `args`."""
-    return args.out / "el2n" / model_name(args, data) / run_name(args, "el2n") / "scores.npy"
+    """Where `el2n.py` leaves EL2N scores; what they do not depend on is not in the name."""
+    keys = ("batch_size", "lr", "momentum", "weight_decay", "networks", "score_step")
+    name = run_name(args, "el2n", keys=keys)
+    return args.out / "el2n" / model_name(args, data) / name / "scores.npy"
 
 
 # ---- ResNet (He et al. 2016, for small images) ---------------------------------------------------
@@ -1251,6 +1253,8 @@ def read_start(
         raise UserError(f"--rewind {rewind}: {path} was trained for {start['step']} steps")
     if start["diverged"] >= 0:
         raise UserError(f"{flag} {path}: diverged at step {start['diverged']}")
+    if start["step"] >= args.steps:
+        raise UserError(f"{flag} {path}: trained to step {start['step']} of --steps {args.steps}")
     args.rewind = start["step"]
     return start
 
@@ -1447,13 +1451,13 @@ SHORT = {
 }
 
 
-def run_name(args: argparse.Namespace, *parts: str) -> str:
+def run_name(args: argparse.Namespace, *parts: str, keys: Iterable[str] = SHORT) -> str:
     """A folder's name: what the run is about, then every setting that is not the preset's."""
     preset, told = PRESETS[args.preset], list(parts)
-    for key, short in SHORT.items():
+    for key in keys:
         value = getattr(args, key, getattr(preset, key))
         if value != getattr(preset, key):
-            told.append(short + "+".join(f"{v:g}" for v in np.atleast_1d(value)))
+            told.append(SHORT[key] + "+".join(f"{v:g}" for v in np.atleast_1d(value)))
     if getattr(args, "label_noise", 0):
         told.append(f"noise{args.label_noise:g}")
     return "-".join(told + ([f"seed{args.seed}"] if args.seed else []))

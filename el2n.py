@@ -75,9 +75,9 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
     for k, module in enumerate(networks.modules):
         common.initialise(module, common.generator(args.seed, "init", SCORERS + k))
         streams.append(common.make_stream(args, data, SCORERS + k, labels=labels))
-    schedule = common.step_schedule(args.lr, args.milestones)
-    training = common.Training(args, data, networks, streams, 0, args.score_step, schedule)
     forgetting = args.metric == "forgetting"
+    schedule = common.step_schedule(args.lr, args.milestones if forgetting else ())
+    training = common.Training(args, data, networks, streams, 0, args.score_step, schedule)
     if forgetting:
         count_forgetting(training)
     with common.progress_bar(args, args.score_step * args.networks) as progress:
@@ -110,15 +110,17 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
 
 def main(args: argparse.Namespace) -> dict:
     """Makes the scores unless they are there; returns scores.json."""
-    whole = args.metric == "forgetting" and args.score_step is None
+    early, asked = args.metric == "el2n", args.score_step
     data = common.prepare(args)
-    args.score_step = args.steps if whole else args.score_step
+    if not early and asked is None:
+        args.score_step = args.steps
     settings = common.settings_of(args, data, "metric", "networks", "score_step", "label_noise")
-    if args.metric == "el2n":
-        del settings["steps"]
-    with common.open_runs(args, data, "el2n", common.run_name(args, args.metric), settings) as [
-        run
-    ]:
+    if early:  # networks early in training: nothing depends on how it would have gone on
+        del settings["steps"], settings["milestones"]
+        name = common.scores_path(args, data).parent.name
+    else:
+        name = common.run_name(args, args.metric)
+    with common.open_runs(args, data, "el2n", name, settings) as [run]:
         path = run.folder / "scores.npy"
         if run.result is None or not path.exists():
             run_networks(args, data, run)

@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     if args.init and (args.subset or args.size):
         raise common.UserError("--init brings its own pre-training: leave out --subset and --size")
     asked = args.rewind
-    args.subset = "all" if args.init else args.subset
+    args.rewind = 0 if args.init else args.rewind
     data = common.prepare(args)
     starts = {}
     for k in args.replicate if args.init else ():

@@ -1,0 +1,45 @@
+"""What the tests of the stages share: tiny runs on the embedded digits."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """Calls a stage's main as its command line would: stage("imp", "--levels", 1)."""
+
+    def call(name: str, *flags, out: Path = tmp_path / "results"):
+        module = __import__(name)
+        words = [str(f) for f in (*flags, "--out", out, "--data-dir", ROOT / "data", "--quiet")]
+        return module.main(module.flags().parse_args(words))
+
+    return call
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder data set of two classes of 9x9 PNGs, made of random pixels: (path, make more)."""
+    from PIL import Image
+
+    def make(root: Path = tmp_path / "pictures", train=6, test=3, valid=2, size=(9, 9), mode="RGB"):
+        draw = np.random.default_rng(0)
+        for split, n in (("train", train), ("valid", valid), ("test", test)):
+            for c in ("cat", "dog") if n else ():
+                (root / split / c).mkdir(parents=True, exist_ok=True)
+                for k in range(n):
+                    shape = (size[1], size[0]) + ((3,) if mode == "RGB" else ())
+                    pixels = draw.integers(0, 256, shape, dtype=np.uint8)
+                    Image.fromarray(pixels, mode).save(root / split / c / f"{k}.png")
+        return root
+
+    return make
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")

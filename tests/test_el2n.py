@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+
+import common
+import el2n
+from common import UserError
+
+TINY = ("--networks", 2, "--score-step", 6)
+
+
+def test_el2n_is_the_mean_norm_of_the_error_vectors(stage, tmp_path, monkeypatch):
+    """Against NumPy in float64 on the logits that the stage's own networks give."""
+    logits = []
+    predict = common.predict
+    monkeypatch.setattr(common, "predict", lambda *a: logits.append(predict(*a)) or logits[-1])
+    stage("el2n", *TINY)
+    [folder] = (tmp_path / "results/el2n/digits-resnet8").iterdir()
+    assert folder.name == "el2n-networks2-step6"
+    z = logits[0].double().numpy()  # (K, N, C)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    y = common.load_data("digits", common.HERE / "data", torch.device("cpu")).train_labels
+    expected = np.linalg.norm(p - np.eye(10)[y.numpy()], axis=-1).mean(0)
+    scores = np.load(folder / "scores.npy")
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    told = common.read_json(folder / "scores.json")
+    means = [expected[y.numpy() == c].mean() for c in range(10)]
+    assert told["classes_from_easy_to_hard"] == [str(c) for c in np.argsort(means)]
+
+
+def test_scores_do_not_depend_on_the_number_of_networks_beside(stage, tmp_path):
+    """Mean over two networks = mean of network 0 and network 1, bit for bit up to the averaging."""
+    both = np.load(scores_of(stage, tmp_path, *TINY))
+    one = np.load(scores_of(stage, tmp_path, *TINY, "--networks", 1))
+    other = 2 * both.astype(np.float64) - one
+    assert (other >= 0).all() and (other <= np.sqrt(2) + 1e-6).all()
+    assert not np.allclose(one, other)
+
+
+def scores_of(stage, tmp_path, *flags):
+    before = set(tmp_path.rglob("scores.npy"))
+    stage("el2n", *flags)
+    [path] = set(tmp_path.rglob("scores.npy")) - before
+    return path
+
+
+def test_forgetting_by_hand():
+    """Six presentations of four examples to one network; Toneva et al. count 1 -> 0 turns."""
+    right = torch.tensor(
+        [  # right at each presentation        events
+            [0, 1, 1, 0, 1, 0],  # learned, forgotten twice
+            [1, 1, 1, 1, 1, 1],  # never forgotten
+            [0, 0, 0, 0, 0, 0],  # never learned: behind all others
+            [1, 0, 1, 0, 1, 0],  # forgotten three times
+        ]
+    )
+    labels = torch.zeros(4, dtype=torch.int64)
+    stream = common.Stream(labels, torch.arange(4), (0, 0), None)
+    networks = type("N", (), {"rows": 1})
+    t = common.Training(None, None, networks, [stream], 0, 6, None)
+    el2n.count_forgetting(t)
+    for column in right.T:
+        logits = torch.stack([column, 1 - column], -1).float()  # class 0 wins where right
+        order = torch.randperm(4)
+        t.watch(networks, torch.zeros(1), {0: order}, {0: logits[order]})
+    assert t.extra["forgotten"].tolist() == [[2, 0, 0, 3]]
+    assert t.extra["learned"].tolist() == [[True, True, False, True]]
+    assert el2n.forgetting_scores(t.extra).tolist() == [[2, 0, 6, 3]]
+
+
+def test_forgetting_scores_rank_and_say_what_was_never_learned(stage, tmp_path):
+    path = scores_of(stage, tmp_path, "--metric", "forgetting", "--networks", 2, "--steps", 44)
+    scores, never = np.load(path), np.load(path.parent / "never_learned.npy")
+    assert scores.shape == never.shape == (1437,) and 0 < never.mean() < 1
+    # 22 batches a pass of 1,437: two presentations at most, so one turn at most
+    assert scores[never == 0].max() <= 1 and set(np.unique(never)) <= {0, 0.5, 1}
+
+
+def test_noisy_labels_are_what_is_scored(stage, tmp_path):
+    clean = np.load(scores_of(stage, tmp_path, *TINY))
+    noisy = np.load(scores_of(stage, tmp_path, *TINY, "--label-noise", 0.5))
+    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
+    changed = (common.noisy_labels(data, 0.5, 0) != data.train_labels).numpy()
+    assert noisy[changed].mean() > noisy[~changed].mean()
+    assert abs(clean[changed].mean() - clean[~changed].mean()) < 0.1
+
+
+def test_a_run_that_diverges_says_at_which_step(stage):
+    with pytest.raises(UserError, match=r"network \d diverged at step \d+: lower --lr \(1e\+06\)"):
+        stage("el2n", *TINY, "--lr", 1e6, "--score-step", 40)
+
+
+def test_missing_scores_are_made_once_and_do_not_depend_on_the_stage(stage, tmp_path):
+    stage("el2n", out=tmp_path / "byhand")
+    flags = ("--steps", 30, "--rewind", 5, "--levels", 0, "--milestones", "20")
+    stage("imp", "--subset", "easy", "--size", 64, *flags)
+    stage("imp", "--subset", "hard", "--size", 64, *flags)
+    [path] = tmp_path.glob("results/el2n/*/*/scores.npy")
+    assert path.read_bytes() == next(tmp_path.glob("byhand/**/scores.npy")).read_bytes()

@@ -1,0 +1,329 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import imp
+from common import UserError
+
+TINY = ("--subset", "random", "--size", 128, "--rewind", 5, "--steps", 30)
+
+
+# ---- pruning -------------------------------------------------------------------------------------
+
+
+def test_pruning_is_a_sort_by_hand():
+    weights = torch.tensor([0.5, -0.1, 0.0, 0.3, -0.3, 0.1, 2.0, 0.3, 0.05, 9.0])
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 1]).bool()
+    # Nine live: ceil(0.2 * 9) = 2 go, 0.05 and of the two 0.1 the first.
+    assert imp.prune(weights, mask, 0.2).nonzero()[:, 0].tolist() == [0, 3, 4, 5, 6, 7, 9]
+    # ceil(0.5 * 9) = 5: both 0.1 too, then of the three 0.3 the first two.
+    assert imp.prune(weights, mask, 0.5).nonzero()[:, 0].tolist() == [0, 6, 7, 9]
+    assert mask.sum() == 9  # not changed in place
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.1, 0.3])
+def test_exactly_the_ceiling_goes_at_every_level(fraction):
+    """Also where 0.1 * r in floating point lies a little above a whole number."""
+    draw, live = torch.Generator().manual_seed(0), 4096
+    mask, exact = torch.ones(live, dtype=torch.bool), Fraction(str(fraction))
+    for _ in range(15):
+        weights = torch.randn(live + 9, generator=draw)  # weights beyond P are not prunable
+        pruned = imp.prune(weights, mask, fraction)
+        r = int(mask.sum())
+        assert int(pruned.sum()) == r - math.ceil(exact * r)
+        assert not (pruned & ~mask).any()
+        assert (
+            weights[: len(mask)][mask & ~pruned].abs().max() <= weights[:live][pruned].abs().min()
+        )
+        mask = pruned
+
+
+# ---- Algorithm 1 ---------------------------------------------------------------------------------
+
+
+def test_algorithm_1_to_the_letter(stage, tmp_path):
+    [result] = stage("imp", *TINY, "--levels", 3)
+    [folder] = tmp_path.rglob("rep0")
+    start = common.read_tensors(folder / "pretrained.pt")
+    levels = [common.read_tensors(folder / f"level{k:02d}.pt") for k in range(4)]
+    args = imp.flags().parse_args([str(f) for f in TINY])
+    args.data_dir, args.out = common.HERE / "data", tmp_path
+    data = common.prepare(args)
+    assert levels[0]["mask"].all() and start["step"] == 5
+    for before, level in pairwise(levels):
+        expected = imp.prune(before["weights"], before["mask"], 0.2)
+        assert torch.equal(level["mask"], expected)
+        assert (level["weights"][: len(expected)][~expected] == 0).all()
+    # Level 2 again, by hand: w_tr under the mask, no velocity, steps 5 to 30 of the whole data.
+    networks = common.Networks(common.make_model(args, data), 1, args.device)
+    networks.weights[0], networks.batchnorm[0] = start["weights"], start["batchnorm"]
+    networks.mask[0] = levels[2]["mask"]
+    networks.weights[0, : networks.mask.shape[1]] *= networks.mask[0]
+    projected = common.accuracy(networks, data)[0]
+    schedule = common.step_schedule(0.1, (300, 450))
+    streams = [common.make_stream(args, data, 0)]
+    assert len(streams[0].indices) == 1437
+    for _ in common.train(common.Training(args, data, networks, streams, 5, 30, schedule)):
+        pass
+    assert torch.equal(networks.weights[0], levels[2]["weights"])
+    assert torch.equal(networks.batchnorm[0], levels[2]["batchnorm"])
+    told = result["levels"][2]
+    assert told["test_accuracy"] == common.accuracy(networks, data)[0]
+    assert told["projected_test_accuracy"] == projected
+    assert math.isclose(told["weights_remaining"], levels[2]["mask"].double().mean().item())
+
+
+def test_rewind_0_is_the_initialisation(stage, tmp_path):
+    stage("imp", "--rewind", 0, "--steps", 20, "--levels", 0)
+    [folder] = tmp_path.rglob("rep0")
+    assert folder.parent.name == "all-rewind0-steps20"
+    networks = common.Networks(common.ResNet(8, 16, 1, 10), 1, torch.device("cpu"))
+    common.initialise(networks.modules[0], common.generator(0, "init", 0))
+    start = common.read_tensors(folder / "pretrained.pt")
+    assert torch.equal(start["weights"], networks.weights[0])
+    assert torch.equal(start["batchnorm"], networks.batchnorm[0])
+
+
+def test_label_noise_is_in_the_pretraining_only(stage, tmp_path):
+    noisy, clean = (
+        stage("imp", *TINY, "--levels", 0, "--label-noise", p, out=tmp_path / str(p))[0]
+        for p in (0.5, 0)
+    )
+    assert noisy["pretrain"]["fingerprint"] != clean["pretrain"]["fingerprint"]
+    # Had the noise stayed on, 30 steps could not bring the loss on the true labels this low.
+    assert noisy["levels"][0]["train_loss"] < 1.5
+
+
+def test_replicates_are_the_same_side_by_side_and_alone(stage, tmp_path):
+    flags = (*TINY, "--levels", 1)
+    stage("imp", *flags, "--replicate", "0-2")
+    stage("imp", *flags, "--replicate", "1", out=tmp_path / "alone")
+    for name in ("pretrained.pt", "level00.pt", "level01.pt"):
+        a, b = (common.read_tensors(p) for p in tmp_path.rglob(f"rep1/{name}"))
+        for key in ("weights", "batchnorm", "mask"):
+            assert key not in a or torch.equal(a[key], b[key])
+
+
+def test_a_finished_run_is_left_alone_and_extended_by_more_levels(stage, tmp_path, monkeypatch):
+    [first] = stage("imp", *TINY, "--levels", 1)
+    with monkeypatch.context() as m:
+        m.setattr(common, "train", None)
+        assert stage("imp", *TINY, "--levels", 1) == [first]
+        assert stage("imp", *TINY, "--levels", 0) == [first]
+    [longer] = stage("imp", *TINY, "--levels", 2)
+    assert longer["levels"][:2] == first["levels"] and len(longer["levels"]) == 3
+
+
+def test_a_damaged_level_is_made_again(stage, tmp_path, capsys):
+    [first] = stage("imp", *TINY, "--levels", 2)
+    [path] = tmp_path.rglob("level01.pt")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    path.with_name("result.json").unlink()
+    [second] = stage("imp", *TINY, "--levels", 2)
+    assert "level01.pt is damaged" in capsys.readouterr().err
+    for a, b in zip(first["levels"], second["levels"], strict=True):
+        assert a["test_accuracy"] == b["test_accuracy"] and a["train_loss"] == b["train_loss"]
+
+
+# ---- what ends a run -----------------------------------------------------------------------------
+
+
+def test_a_layer_that_dies_ends_the_run_and_says_at_which_level(stage, tmp_path):
+    with pytest.raises(UserError, match=r"replicate 0: level \d leaves .* without weights"):
+        stage("imp", *TINY, "--levels", 9, "--prune-fraction", 0.95)
+    [path] = tmp_path.rglob("result.json")
+    result = common.read_json(path)
+    last = len(result["levels"])
+    assert f"level {last} leaves" in result["ended"] and f"--levels {last - 1}" in result["ended"]
+    assert last >= 1
+
+
+def test_a_replicate_that_diverges_reports_nothing_and_the_other_goes_on(
+    stage, tmp_path, monkeypatch
+):
+    [well] = stage("imp", *TINY, "--levels", 1, "--replicate", 1, out=tmp_path / "well")
+    initialise = common.initialise
+
+    def poison(module, draw):
+        initialise(module, draw)
+        if not poisoned:
+            module.head.weight.data.fill_(3e38)
+        poisoned.append(module)
+
+    poisoned = []
+    monkeypatch.setattr(common, "initialise", poison)
+    with pytest.raises(UserError, match=r"replicate 0: pre-training diverged at step 0") as e:
+        stage("imp", *TINY, "--levels", 1, "--replicate", "0-1")
+    assert "\n" not in str(e.value)
+    sick, other = (common.read_json(tmp_path / p) for p in sorted(results_below(tmp_path)))
+    assert sick["levels"] == [] and sick["pretrain"]["test_accuracy"] is None
+    for a, b in zip(other["levels"], well["levels"], strict=True):
+        assert a["test_accuracy"] == b["test_accuracy"] and a["train_loss"] == b["train_loss"]
+
+
+def results_below(tmp_path):
+    return [p.relative_to(tmp_path) for p in (tmp_path / "results").rglob("result.json")]
+
+
+def test_a_level_that_diverges_says_step_and_rate(stage, tmp_path):
+    with pytest.raises(UserError, match=r"level 0 diverged at step \d+, learning rate 1e\+06"):
+        stage("imp", *TINY, "--levels", 1, "--lr", 1e6)
+    [path] = tmp_path.rglob("result.json")
+    assert common.read_json(path)["levels"] == []
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--dataset", "mnist"], "--dataset mnist: neither digits, .* nor a folder"),
+        (["--preset", "mnist"], "--preset mnist: not one of digits"),
+        (["--subset", "easiest"], "argument --subset: invalid choice: 'easiest'"),
+        (["--size", "5000"], "--size 5000: digits has 1437 training images"),
+        (["--size", "0"], "argument --size: '0' is not a whole number at least 1"),
+        (["--size", "-3"], "argument --size: '-3' is not"),
+        (["--size", "63"], "--size 63: smaller than a batch"),
+        (["--size", "1400", "--offset", "38"], "--size 1400 from --offset 38: digits has"),
+        (["--subset", "all", "--size", "64"], "--size goes with --subset random, easy or hard"),
+        (["--subset", "random", "--offset", "5"], "--offset goes with --subset easy or hard"),
+        (["--rewind", "600"], r"--rewind 600: not before the end of training \(--steps 600\)"),
+        (["--rewind", "-1"], "argument --rewind: '-1' is not a whole number"),
+        (["--label-noise", "1.5"], "argument --label-noise: '1.5' is not a number at least 0 and"),
+        (["--label-noise", "nan"], "argument --label-noise: 'nan' is not a number"),
+        (["--lr", "0"], "argument --lr: '0' is not a number above 0"),
+        (["--lr", "inf"], "argument --lr: 'inf' is not"),
+        (["--momentum", "2"], "argument --momentum"),
+        (["--depth", "21"], r"--depth 21: a ResNet has 8, 14, 20"),
+        (["--batch-size", "2000"], "--batch-size 2000: digits has 1437"),
+        (["--milestones", "450,300"], "argument --milestones: '450,300' is not an ascending list"),
+        (["--replicate", "2-1"], "argument --replicate: '2-1'"),
+        (["--replicate", "x"], "argument --replicate: 'x'"),
+        (["--replicate", "0-99999999999"], "argument --replicate"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--prune-fraction", "1"], "argument --prune-fraction"),
+        (["--levels", "many"], "argument --levels: 'many' is not a whole number"),
+        (["--device", "cuda:77"], "--device cuda:77: "),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--init", "nothing.pt"], "nothing.pt does not exist"),
+        (["--scores", "nothing.npy"], "--scores nothing.npy: .*No such file"),
+        (["--flag-that-is-not"], "unrecognized arguments: --flag-that-is-not"),
+    ],
+)
+def test_mistakes_get_one_clear_line(stage, tmp_path, flags, match):
+    with pytest.raises(UserError, match=match) as e:
+        stage("imp", *flags)
+    assert "\n" not in str(e.value)
+    assert not list(tmp_path.rglob("imp"))  # nothing was begun
+
+
+def test_scores_that_do_not_fit_are_refused(stage, tmp_path):
+    path = tmp_path / "scores.npy"
+
+    def refused(scores, match):
+        np.save(path, scores)
+        with pytest.raises(UserError, match=match):
+            stage("imp", "--subset", "hard", "--scores", path, "--steps", 30, "--rewind", 5)
+
+    good = np.linspace(0, 1, 1437)
+    refused(good[:-1], r"float64 \(1436,\), but digits has 1437 training images")
+    refused(np.where(good == good[7], np.nan, good), r"example 7 has no score \(NaN\)")
+    refused(good > 0.5, "bool")
+    path.write_bytes(b"not an array")
+    with pytest.raises(UserError, match=r"scores\.npy"):
+        stage("imp", "--scores", path)
+    about = {"metric": "el2n", "label_noise": [0.0, 0], "data": "of another data set"}
+    common.write_json(
+        path.with_suffix(".json"), about | {"sha256_of_scores": common.fingerprint(good)}
+    )
+    refused(good, "made from other data than digits")
+    refused(good + 1e-9, "damaged, its checksum")
+
+
+def test_a_folder_that_cannot_be_written_is_named(stage, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*file/results: Not a directory"):
+        stage("imp", out=tmp_path / "file" / "results")
+
+
+# ---- as a program --------------------------------------------------------------------------------
+
+
+def command(*flags, cwd=common.HERE, **kwargs):
+    words = [sys.executable, "imp.py", *map(str, flags)]
+    return subprocess.Popen(
+        words, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+    )
+
+
+def test_a_copy_of_imp_and_common_alone_runs(tmp_path):
+    for name in ("imp.py", "common.py"):
+        (tmp_path / name).write_text((common.HERE / name).read_text())
+    run = command(*TINY, "--levels", 1, "--data-dir", common.HERE / "data", cwd=tmp_path)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    lines = out.splitlines()
+    assert " ".join(lines[0].split()) == "level weights remaining test accuracy of dense seconds"
+    result = common.read_json(tmp_path / lines[-1])
+    assert len(result["levels"]) == 2 and not result["config"]["environments"][0]["csrc"]
+    run = command("--subset", "easy", "--data-dir", common.HERE / "data", cwd=tmp_path)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and err.count("\n") == 1 and "give --scores FILE" in err
+
+
+def test_a_mistake_is_one_line_and_status_2():
+    run = command("--size", "many")
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("imp.py: error: argument --size")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_ends_with_the_numbers_of_one_never_killed(stage, tmp_path, number):
+    flags = (*TINY[:6], "--steps", 120, "--levels", 2)
+    [expected] = stage("imp", *flags, out=tmp_path / "undisturbed")
+    shared = ("--out", tmp_path / "killed", "--data-dir", common.HERE / "data")
+    run = command(*flags, *shared, "--checkpoint-every", 0, "--quiet")
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("killed/imp/*/*/rep0/level00.pt")):  # then it is in level 1
+        assert run.poll() is None and time.monotonic() < until, run.communicate()
+        time.sleep(0.01)
+    os.kill(run.pid, number)
+    run.communicate(timeout=5)
+    assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert not list(tmp_path.glob("killed/imp/*/*/rep0/result.json"))
+    run = command(*flags, *shared)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    result = common.read_json(common.HERE / out.splitlines()[-1])
+    times = ("seconds", "steps_per_second")
+    for a, b in zip(result["levels"], expected["levels"], strict=True):
+        assert {k: v for k, v in a.items() if k not in times} == {
+            k: v for k, v in b.items() if k not in times
+        }
+    for name in ("pretrained.pt", "level00.pt", "level01.pt", "level02.pt"):
+        a, b = (common.read_tensors(p) for p in tmp_path.glob(f"*/imp/*/*/rep0/{name}"))
+        assert torch.equal(a["weights"], b["weights"])
+
+
+def test_results_can_be_read_by_anything(stage, tmp_path):
+    stage("imp", *TINY, "--levels", 0)
+    [path] = tmp_path.rglob("result.json")
+    result = json.loads(path.read_text())
+    assert result["config"]["settings"]["subset"] == "random"
+    assert result["config"]["environments"][0]["torch"] == torch.__version__
+    state = torch.load(path.with_name("level00.pt"), weights_only=True)
+    assert state["projected_error"].shape == (1437,)
