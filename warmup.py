@@ -1,0 +1,285 @@
+"""Stage 5: learning-rate warmup on a subset, and the sharpness it is meant to lower (Section 5).
+
+    phase 1, steps 0 to t - 1: the subset, at the rate peak * s / t in step s
+    phase 2, steps t to the end: all data, at the peak, ten times lower from each milestone on;
+    weights, momentum and BatchNorm statistics go on where phase 1 left them
+
+Figure 6: final accuracy against warmup length, on easy, random and hard subsets.
+
+    python warmup.py                        the embedded digits without and with warmup, a minute
+    python warmup.py --dataset cifar10 --subset easy --size 5120 --warmup 0,400,1600 --replicate 0-7
+
+Writes results/warmup/<data>-<network>/<subset>-warmup<t>/rep<k>/: warm.pt (the state after phase
+1), log.csv, result.json. Divergence (a loss that is not finite) and chance accuracy at the end are
+outcomes, not errors. `--subset easy --offset K --size M` warms up on a window of the ranking.
+
+Sharpness is the largest (algebraic) eigenvalue of the Hessian of the mean training loss, over all
+parameters, on --sharpness-sample training images with their true labels, unaugmented, drawn once
+from the seed and the same for every run of it; BatchNorm in training mode with the whole sample as
+one batch, running statistics untouched. Hessian-vector products by double backward in float32.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor, nn
+
+import common
+
+# Table 1's settings where this experiment departs from them, under names of their own: a preset
+# NAME-warmup each, so that EL2N scores, made from NAME, stay those of the other stages.
+DEPARTURES = {
+    "digits": {"batch_size": 128, "steps": 300, "milestones": (150, 225), "lr": 3.2},
+    "cifar10": {"batch_size": 1024, "steps": 7840, "milestones": (3920, 5880), "lr": 3.2},
+}
+DEPARTURES["cifar10"]["size"] = 5120
+DEPARTURES["cifar100"] = DEPARTURES["cinic10"] = DEPARTURES["cifar10"]
+OURS = {f"{k}-warmup": dataclasses.replace(common.PRESETS[k], **v) for k, v in DEPARTURES.items()}
+WARMUP = {"digits-warmup": (0, 60)}  # t; of other data sets 1600
+EVERY = {"digits-warmup": 30}  # steps between eigenvalues; of other data sets 196
+SAMPLE = {"digits-warmup": 256}  # examples of the Hessian; of other data sets 1024
+
+
+def flags() -> common.Parser:
+    parser = common.flags(__doc__, "replicate", "noise", "subset")
+    told = "t, or several, a run each; 0 is no warmup [digits 0,60, else 1600]"
+    parser.add_argument("--warmup", type=common.numbers, help=told)
+    kind = common.number(float, 0, 1e6, open_low=True)
+    parser.add_argument("--peak-lr", dest="lr", type=kind, help="another name of --lr [3.2]")
+    told = "steps between eigenvalues, 0 for none [digits 30, else 196]"
+    parser.add_argument("--sharpness-every", type=common.whole, help=told)
+    told = "training examples of the Hessian [digits 256, else 1024]"
+    parser.add_argument("--sharpness-sample", type=common.number(int, 2, 10**9), help=told)
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> common.Data:
+    """As `common.prepare`, with the presets of this stage; easy and hard subsets by the EL2N scores
+    that the other stages use, whatever the batch size and rate here."""
+    table1 = ("batch_size", "steps", "milestones", "lr", "size")
+    standard = argparse.Namespace(**{**vars(args), **dict.fromkeys(table1), "subset": "all"})
+    data = common.prepare(standard)
+    name = standard.preset.removesuffix("-warmup")
+    args.preset = f"{name}-warmup"
+    common.PRESETS.update(OURS)
+    for key, values, other in (
+        ("warmup", WARMUP, (1600,)),
+        ("sharpness_every", EVERY, 196),
+        ("sharpness_sample", SAMPLE, 1024),
+    ):
+        if getattr(args, key) is None:
+            setattr(args, key, values.get(args.preset, other))
+    if args.subset in (None, "easy", "hard") and not args.scores and max(args.warmup):
+        common.read_scores(standard, data)  # makes them if need be
+        args.scores = common.scores_path(standard, data)
+    if not max(args.warmup):
+        args.subset = "all"
+    data = common.prepare(args)
+    if max(args.warmup) > args.steps:
+        raise common.UserError(f"--warmup {max(args.warmup)}: longer than --steps {args.steps}")
+    if args.sharpness_every and args.sharpness_sample > len(data.train_labels):
+        told = f"{data.name} has {len(data.train_labels)} training images"
+        raise common.UserError(f"--sharpness-sample {args.sharpness_sample}: {told}")
+    return data
+
+
+# ---- sharpness -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm by the batch at hand, its running statistics neither read nor written."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def top_eigenvalue(
+    module: nn.Module, x: Tensor, y: Tensor, start: np.ndarray, tolerance: float = 1e-4
+) -> tuple[float, float]:
+    """Mean cross-entropy of a network in training mode on one batch x (M, C, H, W), y (M,), and the
+    largest eigenvalue of its Hessian over all D parameters; NaN where Lanczos finds none. `start`
+    (D,) begins the iteration; `tolerance` is relative."""
+    parameters = list(module.parameters())
+
+    def flat(tensors: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    with batch_statistics(module), torch.backends.cudnn.flags(allow_tf32=False):
+        loss = F.cross_entropy(module(x), y)
+        gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
+        if not gradient.isfinite().all():
+            return loss.item(), math.nan
+
+        def product(v: np.ndarray) -> np.ndarray:
+            along = gradient @ torch.from_numpy(v).to(gradient)
+            keep = {"retain_graph": True, "materialize_grads": True}
+            return flat(torch.autograd.grad(along, parameters, **keep)).double().cpu().numpy()
+
+        # ARPACK works in float64 around the float32 products, so that only they round.
+        hessian = LinearOperator((len(start), len(start)), matvec=product, dtype=np.float64)
+        wanted = {"k": 1, "which": "LA", "tol": tolerance, "return_eigenvectors": False}
+        try:
+            [top] = eigsh(hessian, v0=start, maxiter=100, **wanted)
+        except ArpackNoConvergence as e:
+            top = max(e.eigenvalues, default=math.nan)
+        except ArpackError:
+            top = math.nan
+    return loss.item(), float(top)
+
+
+def watch_sharpness(t: common.Training, runs: list[common.Run], phase: str) -> common.Callable:
+    """The observer that writes the eigenvalues of a training into its `extra` and its logs."""
+    args, data, networks = t.args, t.data, t.networks
+    draw = common.generator(args.seed, "sample")
+    picked = torch.from_numpy(draw.permutation(len(data.train_labels))[: args.sharpness_sample])
+    picked = picked.to(args.device)
+    start = draw.standard_normal(sum(p.numel() for p in networks.modules[0].parameters()))
+    x, y = common.normalise(data, data.train_images[picked]), data.train_labels[picked]
+
+    def observe(step: int) -> None:
+        for r, run in enumerate(runs):
+            if networks.diverged[r] >= 0:
+                continue
+            loss, top = top_eigenvalue(networks.modules[r], x, y, start)
+            t.extra["eigenvalue"][r, step // args.sharpness_every] = top
+            run.log(phase, step, lr=t.lr_at(step), sample_loss=loss, eigenvalue=top)
+
+    return observe
+
+
+# ---- the two phases ------------------------------------------------------------------------------
+
+
+def train_phase(
+    args: argparse.Namespace, data: common.Data, runs: list[common.Run], phase: str, progress
+) -> common.Training:
+    """Phase "warmup" or "main" of several replicates side by side."""
+    t, t_end, every = args.warmup, args.steps, args.sharpness_every
+    networks = common.Networks(common.make_model(args, data), len(runs), args.device)
+    reports = range(0, t_end + 1, every) if every else ()
+    table = torch.full((len(runs), len(reports)), math.nan, dtype=torch.float64, device=args.device)
+    labels, streams = common.noisy_labels(data, args.label_noise, args.seed), []
+    for r, run in enumerate(runs):
+        indices = common.choose_subset(args, data, labels, run.replicate)
+        subset = {"indices": indices, "labels": labels} if phase == "warmup" else {}
+        streams.append(common.make_stream(args, data, run.replicate, **subset))
+        common.initialise(networks.modules[r], common.generator(args.seed, "init", run.replicate))
+        if phase == "main" and t:
+            warm = run.load("warm.pt")
+            networks.put(slice(r, r + 1), warm["networks"])
+            table[r] = warm["eigenvalue"].to(args.device)
+    first, last, schedule = 0, t, lambda step: args.lr * step / t
+    if phase == "main":
+        first, last, schedule = t, t_end, common.step_schedule(args.lr, args.milestones)
+    at = frozenset(s for s in reports if first < s <= last or s == first == 0)
+    training = common.Training(args, data, networks, streams, first, last, schedule, at)
+    training.extra["eigenvalue"] = table
+    observe = watch_sharpness(training, runs, phase) if every else lambda step: None
+    common.fit(training, runs, phase, progress, observe)
+    return training
+
+
+def warm(args: argparse.Namespace, data: common.Data, runs: list[common.Run], progress) -> None:
+    """Phase 1: warm.pt of several replicates."""
+    training = train_phase(args, data, runs, "warmup", progress)
+    for r, run in enumerate(runs):
+        state = {"networks": training.networks.get(slice(r, r + 1)), "seconds": run.seconds}
+        run.save("warm.pt", {**state, "eigenvalue": training.extra["eigenvalue"][r].cpu().clone()})
+
+
+def finish(args: argparse.Namespace, data: common.Data, runs: list[common.Run], progress) -> None:
+    """Phase 2: result.json of several replicates."""
+    training = train_phase(args, data, runs, "main", progress)
+    networks, share = training.networks, data.test_labels.bincount().max().item()
+    n, accuracy = len(data.test_labels), common.accuracy(networks, data)
+    chance = share / n + 2 * math.sqrt(share / n * (1 - share / n) / n)  # two standard errors
+    losses = common.evaluate(networks, data, data.train_images, data.train_labels)[0]
+    for r, run in enumerate(runs):
+        loss, diverged = losses[r].double().mean().item(), networks.diverged[r].item()
+        if diverged < 0 and not math.isfinite(loss):
+            diverged = args.steps
+        good = diverged < 0
+        outcome = "diverged" if not good else "trained" if accuracy[r] > chance else "chance"
+        tops = training.extra["eigenvalue"][r].tolist()
+        told = {
+            "test_accuracy": accuracy[r] if good else None,
+            "outcome": outcome,
+            "diverged_at": None if good else diverged,
+            "train_loss": loss if good else None,
+        }
+        run.log("end", args.steps, **told)
+        sharpness = [
+            {"step": k * args.sharpness_every, "eigenvalue": x if math.isfinite(x) else None}
+            for k, x in enumerate(tops)
+        ]
+        seconds = run.seconds + (run.load("warm.pt")["seconds"] if args.warmup else 0)
+        run.finish({**told, "sharpness": sharpness, "seconds": seconds, "ended": None})
+
+
+def run_length(args: argparse.Namespace, data: common.Data) -> list[common.Run]:
+    """Both phases at one warmup length; the finished runs."""
+    keys = ("subset", "label_noise", "warmup", "sharpness_every", "sharpness_sample")
+    settings = common.settings_of(args, data, *keys)
+    name = common.run_name(args, common.subset_name(args), f"warmup{args.warmup}")
+    with common.open_runs(args, data, "warmup", name, settings) as runs:
+        todo = [run for run in runs if run.result is None]
+        with common.progress_bar(args, len(todo) * args.steps) as progress:
+            lacking = [run for run in todo if args.warmup and run.load("warm.pt") is None]
+            common.skip(progress, (len(todo) - len(lacking)) * args.warmup)
+            for group in common.side_by_side(lacking, "warmup"):
+                warm(args, data, group, progress)
+            for group in common.side_by_side(todo, "main"):
+                finish(args, data, group, progress)
+    return runs
+
+
+def table(lengths: dict[int, list[dict]]) -> str:
+    """One line a warmup length, mean and deviation over replicates."""
+    lines = [
+        "warmup  trained  test accuracy      train loss         sharpness: start   largest  end"
+    ]
+    for t, results in lengths.items():
+        trained = [r for r in results if r["outcome"] == "trained"]
+        accuracy, loss = (
+            common.mean_std([r[k] for r in trained]) if trained else "-"
+            for k in ("test_accuracy", "train_loss")
+        )
+        tops = [[x["eigenvalue"] or math.nan for x in r["sharpness"]] for r in trained]
+        tops = np.mean(tops, 0) if trained and tops[0] else [math.nan]
+        told = f"{tops[0]:16.1f}  {np.nanmax(tops):8.1f}  {tops[-1]:.1f}"
+        lines.append(
+            f"{t:6}  {len(trained):3} of {len(results):2} {accuracy:17}  {loss:17}  {told}"
+        )
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> list[dict]:
+    """Trains with every warmup length, prints the table and the paths; returns the results."""
+    data, runs, lengths = prepare(args), [], {}
+    for t in args.warmup:
+        one, its = argparse.Namespace(**{**vars(args), "warmup": t}), data
+        if t == 0:  # the subset is never seen
+            one.subset, one.label_noise = "all", 0.0
+            its = dataclasses.replace(data, scores=None)
+        done = run_length(one, its)
+        runs, lengths[t] = runs + done, [run.result for run in done]
+    print(table(lengths))
+    common.report(runs)
+    return [run.result for run in runs]
+
+
+if __name__ == "__main__":
+    common.run_stage(main, flags())
