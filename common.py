@@ -5,6 +5,7 @@ comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -604,24 +605,31 @@ class Networks:
         count = sum(n for n, p in zip(sizes, prunable, strict=True) if p)
         self.mask = torch.ones(rows, count, dtype=torch.bool, device=device)
         self.batchnorm = torch.zeros(rows, padded(sum(stats)), device=device)
+        self.low: Tensor | None = None
         self.diverged = torch.full((rows,), -1, device=device)
         self.layers: dict[str, slice] = {}  # name -> columns, prunable layers only
-        self.modules = [self.view(copy.deepcopy(model).to(device), r) for r in range(rows)]
+        self.template = model
+        self.modules = [self.view(r) for r in range(rows)]
 
-    def view(self, module: nn.Module, row: int) -> nn.Module:
-        """Makes the tensors of `module` views of a row."""
+    def view(self, row: int, low: bool = False) -> nn.Module:
+        """A module whose tensors are views of a row; with `low`, conv and linear parameters are
+        views of `self.low`."""
+        module = copy.deepcopy(self.template).to(self.weights.device)
         tail, head, stat = self.mask.shape[1], 0, 0
         for name, m in module.named_modules():
+            matters = isinstance(m, nn.Conv2d | nn.Linear)
             for key, p in m._parameters.items():
                 if p is None:
                     continue
-                if isinstance(m, nn.Conv2d | nn.Linear) and key == "weight":
+                if matters and key == "weight":
                     columns, head = slice(head, head + p.numel()), head + p.numel()
                     self.layers[name] = columns
                 else:
                     columns, tail = slice(tail, tail + p.numel()), tail + p.numel()
-                q = nn.Parameter(shaped(self.weights[row, columns], p.shape))
-                q.grad = shaped(self.gradient[row, columns], p.shape)
+                matrix = self.low if low and matters else self.weights
+                q = nn.Parameter(shaped(matrix[row, columns], p.shape))
+                if not low:
+                    q.grad = shaped(self.gradient[row, columns], p.shape)
                 m._parameters[key] = q
             for key, b in m._buffers.items():
                 if is_statistic(b):
@@ -630,6 +638,12 @@ class Networks:
             if isinstance(m, nn.BatchNorm2d):
                 m._buffers["num_batches_tracked"] = None  # its momentum is fixed, so nothing counts
         return module
+
+    def lowered(self) -> list[nn.Module]:
+        """Modules that compute in bfloat16, BatchNorm in float32, on a copy of the weights `low`
+        (R, D) that the update writes anew at every step, so that no step casts."""
+        self.low = self.weights.bfloat16()
+        return [self.view(r, low=True) for r in range(self.rows)]
 
     @property
     def rows(self) -> int:
@@ -733,12 +747,11 @@ def step_schedule(lr: float, milestones: tuple[int, ...]) -> Callable[[int], flo
 
 
 @functools.cache
-def forward_loss(engine: str, precision: str) -> Callable:
+def forward_loss(engine: str) -> Callable:
     """(module, images (B, C, H, W), labels (B,)) -> mean cross-entropy, logits (B, classes)."""
 
     def forward(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = module(x)
+        logits = module(x)
         return F.cross_entropy(logits.float(), y), logits
 
     if engine == "eager":
@@ -782,56 +795,119 @@ class Training:
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
+class Captured:
+    """A function of nothing but the device's state, as a CUDA graph: called three times to warm
+    up, then recorded, then replayed, each call a step that counts. Runs on as it is where it cannot
+    be recorded."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self) -> None:
+        if self.calls == 3:
+            torch.cuda.synchronize()
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.function()
+                self.graph = graph
+            except RuntimeError as e:
+                print(f"CUDA graph failed, going on without: {one_line(e)}", file=sys.stderr)
+        self.calls += 1
+        if self.graph:
+            return self.graph.replay()
+        with beside(torch.cuda.Stream()) as stream:  # warming up on the main one is not allowed
+            self.function()
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextlib.contextmanager
+def beside(stream: Any) -> Iterator[Any]:
+    """Puts work on another stream, after what the current one has in hand; None: nothing new."""
+    if stream is None:
+        yield None
+    else:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield stream
+
+
 def train(t: Training, start: int | None = None) -> Iterator[int]:
     """Takes one masked SGD step of every row after the other; yields the number of steps done at
-    each step of `t.at` and now and then between. A row whose loss stops being finite is left where
-    it is (`networks.diverged`). Nothing in a step waits for the device."""
+    each step of `t.at` and now and then between.
+
+    A row whose loss stops being finite is left where it is (`networks.diverged`). A step reads and
+    writes the device's memory only (its number, rate and batches lie in tables there) and never
+    waits for it, so that a CUDA graph of one step is every step. In a graph the rows are parallel
+    branches.
+    """
     args, networks, streams = t.args, t.networks, t.streams
-    images, scaling = t.data.train_images, (t.data.scale, t.data.shift)
-    step = t.start if start is None else start
-    device = networks.weights.device
-    compute = forward_loss(args.engine, args.precision)
-    longest = 16 if device.type == "cpu" else 128
+    images, scaling = t.data.train_images, (t.data.scale, t.data.shift, args.pad, args.flip)
+    step, device = t.start if start is None else start, networks.weights.device
+    cuda, graph = device.type == "cuda", args.engine == "graph"
+    longest = 128 if cuda else 16
+    compute = forward_loss(args.engine)
+    low = args.precision == "bf16"
+    modules = networks.lowered() if low else networks.modules
+    dtype = torch.bfloat16 if low else torch.float32
+    parameters = [list(m.parameters()) for m in modules]
+    gradients = [[p.grad for p in m.parameters()] for m in networks.modules]
     rates = torch.zeros(longest, device=device)
-    batches = [
-        torch.zeros(longest, args.batch_size, dtype=torch.int64, device=device) for _ in streams
-    ]
+    batches = torch.zeros(networks.rows, longest, args.batch_size, dtype=torch.int64, device=device)
     place = torch.zeros(1, dtype=torch.int64, device=device)  # in the two tables above
     now = torch.full((1,), step, device=device)
+    branches = [torch.cuda.Stream() if graph else None for _ in streams]
 
     def one_step(active: list[int]) -> None:
         chosen, seen = {}, {}
         for r in active:
-            s = streams[r]
-            indices = batches[r].index_select(0, place)[0]
-            x = augment(images, indices, s.augment, now, *scaling, args.pad, args.flip)
-            loss, logits = compute(networks.modules[r], x, s.labels[indices])
-            loss.backward()
-            finite = loss.detach().isfinite() | (networks.diverged[r] >= 0)
-            networks.diverged[r] = torch.where(finite, networks.diverged[r], now[0])
-            chosen[r], seen[r] = indices, logits.detach()
+            with beside(branches[r]):
+                indices = batches[r].index_select(0, place)[0]
+                x = augment(images, indices, streams[r].augment, now, *scaling, dtype)
+                loss, logits = compute(modules[r], x, streams[r].labels[indices])
+                torch._foreach_copy_(gradients[r], torch.autograd.grad(loss, parameters[r]))
+                chosen[r], seen[r] = indices, logits.detach()
+                finite = loss.detach().isfinite() | (networks.diverged[r] >= 0)
+                networks.diverged[r] = torch.where(finite, networks.diverged[r], now[0])
+        for r in active if graph else ():
+            torch.cuda.current_stream().wait_stream(branches[r])
         if t.watch:
             t.watch(networks, now, chosen, seen)
-        masked_sgd_(
-            networks.weights, networks.momentum, networks.gradient, networks.mask,
-            rates.index_select(0, place), args.momentum, args.weight_decay,
-        )  # fmt: skip
+        rate = rates.index_select(0, place)
+        matrices = networks.weights, networks.momentum, networks.gradient, networks.mask
+        masked_sgd_(*matrices, rate, args.momentum, args.weight_decay, networks.low)
         place.add_(1)
         now.add_(1)
 
+    active, pending = None, collections.deque()
     while step < t.stop:
         end = min([t.stop, step + longest, *(s for s in t.at if s > step)])
-        active = (networks.diverged < 0).nonzero()[:, 0].tolist()
+        # On a GPU the table of the next steps is made while the last ones still run: what has
+        # diverged is then known a table later, and the host sleeps instead of waiting in a loop.
+        flags = networks.diverged
+        if cuda:
+            copied = torch.empty_like(flags, device="cpu", pin_memory=True)
+            pending.append(
+                (copied.copy_(flags, non_blocking=True), torch.cuda.Event(blocking=True))
+            )
+            pending[-1][1].record()
+            flags, event = pending.popleft() if len(pending) > 1 else pending[0]
+            event.synchronize()
+        well = [r for r, diverged in enumerate(flags.tolist()) if diverged < 0]
+        if well != active:
+            active, take = well, functools.partial(one_step, well)
+            take = Captured(take) if graph else take
         rates[: end - step] = torch.tensor([t.lr_at(s) for s in range(step, end)])
         for r in active:
-            batches[r][: end - step] = batch_indices(streams[r], step, end, args.batch_size)
+            batches[r, : end - step] = batch_indices(streams[r], step, end, args.batch_size)
         place.zero_()
         signals.training = True
         while step < end and not signals.number:
-            one_step(active)
+            take()
             step += 1
         signals.training = False
         yield step
+    networks.low = None
 
 
 def normalise(data: Data, images: Tensor) -> Tensor:
@@ -1357,7 +1433,7 @@ def flags(description: str, *groups: str) -> Parser:
             by = "the preset's" if name.replace("-", "_") in preset else default
             told += "" if by is None else f" [{by}]"
             parser.add_argument(f"--{name}", type=kind, default=default, help=told)
-    parser.add_argument("--engine", choices=("auto", "eager", "compiled"), default="auto")
+    parser.add_argument("--engine", choices=("auto", "eager", "compiled", "graph"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--fresh", action="store_true", help="start the run's folder over")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -1410,10 +1486,13 @@ def prepare(args: argparse.Namespace) -> Data:
     # ResNet-20 on 128 images of 32x32. One training decides, whatever else the command does, so
     # that a run that is extended or resumed keeps its engine.
     work = args.steps * args.batch_size * height * width * args.depth
+    cuda = args.device.type == "cuda"
     if args.engine == "auto":
-        args.engine = "compiled" if work > 2e9 else "eager"
+        args.engine = "graph" if cuda else "compiled" if work > 2e9 else "eager"
+    if args.engine == "graph" and not cuda:
+        raise UserError(f"--engine graph needs a CUDA device, not {args.device}")
     if args.precision == "auto":
-        args.precision = "bf16" if args.device.type == "cuda" else "fp32"
+        args.precision = "bf16" if cuda else "fp32"
     if getattr(args, "subset", "all") in ("easy", "hard"):
         data.scores = read_scores(args, data)
     return data

@@ -209,6 +209,26 @@ def test_training_is_torchs_sgd_with_the_mask_multiplied_in():
     assert (t.networks.gradient == 0).all()
 
 
+def test_bfloat16_rounds_and_no_more():
+    """Thirty steps on a low-precision copy follow float32; the copy is the rounded weights."""
+    full, low = tiny_training(stop=30), tiny_training(stop=30)
+    low.args.precision = "bf16"
+    masks = [torch.rand(low.networks.mask.shape[1]) < 0.8]
+    for t in (full, low):
+        t.networks.rewind(0, t.networks.snapshot(0), masks[0])
+        for step in common.train(t):
+            if t is low and step < 30:
+                assert torch.equal(t.networks.low, t.networks.weights.bfloat16())
+                assert (t.networks.low[0, : len(masks[0])][~masks[0]] == 0).all()
+    losses = [
+        common.evaluate(t.networks, t.data, t.data.train_images, t.data.train_labels)[0].mean()
+        for t in (full, low)
+    ]
+    assert losses[0] < 2.25 and abs(losses[1] - losses[0]) < 0.05
+    difference = (full.networks.weights - low.networks.weights).norm()
+    assert 0 < difference < 0.1 * full.networks.weights.norm()
+
+
 def test_a_row_is_the_same_alone_and_beside_others():
     together, alone = tiny_training((0, 3, 5)), tiny_training((3,))
     for t in (together, alone):

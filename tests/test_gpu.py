@@ -1,0 +1,173 @@
+"""What only a CUDA device can show of the training engine; skipped, and said so, without one."""
+
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def training(engine, precision="fp32", rows=(0,), start=0, stop=50, watch=None, at=()):
+    device = torch.device("cuda")
+    args = SimpleNamespace(
+        seed=0, batch_size=32, momentum=0.9, weight_decay=1e-3, pad=1, flip=True,
+        engine=engine, precision=precision, checkpoint_every=1e9,
+    )  # fmt: skip
+    data = common.load_data("digits", common.HERE / "data", device)
+    networks = common.Networks(common.ResNet(8, 16, 1, 10), len(rows), device)
+    mask = torch.rand(networks.mask.shape[1], generator=torch.Generator().manual_seed(0)) < 0.8
+    for r, replicate in enumerate(rows):
+        common.initialise(networks.modules[r], common.generator(0, "init", replicate))
+        networks.rewind(r, networks.snapshot(r), mask)
+    streams = [common.make_stream(args, data, r) for r in rows]
+    schedule = common.step_schedule(0.1, (20, 40))
+    return common.Training(
+        args, data, networks, streams, start, stop, schedule, frozenset(at), watch
+    )
+
+
+def finish(t, start=None):
+    for _ in common.train(t, start):
+        pass
+    torch.cuda.synchronize()
+    return t.networks
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("engine", ["compiled", "graph"])
+def test_engines_agree_to_rounding(engine):
+    reference, networks = finish(training("eager")), finish(training(engine))
+    assert distance(networks.weights, reference.weights) < 2e-3
+    assert distance(networks.batchnorm, reference.batchnorm) < 2e-3
+
+
+def test_the_device_gives_the_crops_and_orders_of_the_cpu():
+    t = training("eager")
+    s = t.streams[0]
+    cpu = common.Stream(s.labels.cpu(), s.indices.cpu(), s.order, s.augment.cpu())
+    batch = common.batch_indices(s, 3, 60, 32)
+    assert torch.equal(batch.cpu(), common.batch_indices(cpu, 3, 60, 32))
+    step, scaling = torch.tensor([7]), (t.data.scale, t.data.shift)
+    x = common.augment(t.data.train_images, batch[0], s.augment, step.cuda(), *scaling, 1, True)
+    y = common.augment.definition(
+        t.data.train_images.cpu(), batch[0].cpu(), cpu.augment, step,
+        *(v.cpu() for v in scaling), 1, True,
+    )  # fmt: skip
+    torch.testing.assert_close(x.cpu(), y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_rows_are_the_same_alone_and_beside_others(engine, precision):
+    together = finish(training(engine, precision, rows=(0, 1, 2)))
+    alone = finish(training(engine, precision, rows=(1,)))
+    assert torch.equal(together.weights[1], alone.weights[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_under_the_graph_gives_the_bits_of_an_undisturbed_training(tmp_path, precision):
+    whole = finish(training("graph", precision))
+
+    def stop_at_17(networks, step, indices, logits):
+        pass
+
+    run = common.Run(tmp_path, 0, {"replicate": 0}, {})
+    bar = common.progress_bar(SimpleNamespace(quiet=True), 0)
+
+    def interrupt(step):
+        if step == 17:
+            common.signals.number = signal.SIGTERM
+
+    t = training("graph", precision, at=(17, 18), watch=stop_at_17)
+    with pytest.raises(SystemExit):
+        common.fit(t, [run], "level00", bar, interrupt)
+    common.signals.number = 0
+    again = training("graph", precision)
+    common.fit(again, [run], "level00", bar)
+    assert torch.equal(again.networks.weights, whole.weights)
+    assert torch.equal(again.networks.batchnorm, whole.batchnorm)
+
+
+def test_pruned_weights_are_zero_after_every_step():
+    t = training("graph", "bf16", rows=(0, 1), at=range(1, 50))
+    for _ in common.train(t):
+        n, p = t.networks, t.networks.mask.shape[1]
+        for matrix in (n.weights, n.momentum) + ((n.low,) if n.low is not None else ()):
+            assert (matrix[:, :p][~n.mask] == 0).all()
+        assert (n.gradient == 0).all()
+
+
+def test_the_rate_drops_at_exactly_its_step():
+    """With no momentum and no decay the change of the weights is rate * gradient: a tenth."""
+    changes = []
+    for first in (19, 20):
+        t = training("graph", stop=20 if first == 19 else 21)
+        t.args.momentum = t.args.weight_decay = 0.0
+        t.streams[0].order = (1, 1)
+        finish(t)
+        changes.append(t.networks.weights.clone())
+    t = training("graph", stop=21)
+    t.args.momentum = t.args.weight_decay = 0.0
+    t.streams[0].order = (1, 1)
+    t.lr_at = lambda step: 0.1
+    undropped = finish(t).weights
+    ratio = (changes[1] - changes[0]).norm() / (undropped - changes[0]).norm()
+    assert math.isclose(ratio.item(), 0.1, rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_a_step_never_waits_for_the_device(engine):
+    seen = []
+
+    def watch(networks, step, indices, logits):
+        seen.append(len(indices))
+
+    t = training(engine, "bf16", rows=(0, 1), watch=watch, stop=12)
+    finish(t)  # builds and compiles what has to be
+    t = training(engine, "bf16", rows=(0, 1), watch=watch, stop=12)
+    inner = common.masked_sgd_
+    try:
+        common.masked_sgd_ = lambda *a: (inner(*a), torch.cuda.set_sync_debug_mode("default"))
+        original = common.augment
+
+        def strict(*a, **k):
+            torch.cuda.set_sync_debug_mode("error")
+            return original(*a, **k)
+
+        common.augment = strict
+        finish(t)
+    finally:
+        common.masked_sgd_, common.augment = inner, original
+        torch.cuda.set_sync_debug_mode("default")
+    assert seen and set(seen) == {2}
+
+
+def test_a_function_that_cannot_be_recorded_still_runs(capsys):
+    total = torch.zeros(1, device="cuda")
+
+    def function():
+        total.add_(1)
+        total.item()  # waits for the device: not allowed in a graph
+
+    step = common.Captured(function)
+    for _ in range(6):
+        step()
+    assert total.item() == 6 and "going on without" in capsys.readouterr().err
