@@ -104,7 +104,7 @@ subset() { # FIGURES SUBSET SIZE: sets `name`, `flags`, `need` for the examples 
         el2n "$1"
         need=$made
     fi
-    if [[ -n $scores || -n $tail && -n $need ]]; then flags+=("--scores=$out/$need/scores.npy"); fi
+    [[ -z $scores ]] || flags+=("--scores=$out/$need/scores.npy")
 }
 
 start() { # FIGURES SUBSET SIZE REWIND: the same, of a pre-training to step REWIND
@@ -175,6 +175,7 @@ grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there t
         for s in easy random; do R=0-3 pretrain fig8 $s 25600 200; done
         for t in 0 200 400; do R=0-1 lmc fig5 all - $t; done
         for s in easy random hard; do R=0-1 lmc fig5 $s 3200 200; done
+        R=0-7 warmup fig6 all - 0 7840
         for t in 100 200 400 600 800 1200 1600 2400 3200; do
             R=0-7 warmup fig6 all - $t 7840
             for m in 5120 10240 25600; do
@@ -218,8 +219,9 @@ grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there t
         for t in 0 20 40; do lmc 'fig5 fig10' all - $t; done
         for s in easy random hard; do lmc fig5 $s 256 20; done
         scores=lmc/$model/all-rewind40$tail metric=lmc40 imp fig10 easy 256 20
+        warmup fig6 all - 0 300
         for t in 20 60; do
-            for s in all easy random hard; do warmup fig6 $s 256 $t 600; done
+            for s in all easy random hard; do warmup fig6 $s 256 $t 300; done
         done
         ;;
     esac
