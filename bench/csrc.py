@@ -1,10 +1,11 @@
 """The four operations of csrc/ against PyTorch, side by side in one run.
 
-    python bench/csrc.py [--rounds 50] [--threads 2]      prints the tables of bench/csrc.md
+    python bench/csrc.py [--rounds 50] [--turn 10] [--threads 2]      prints tables for csrc.md
 
-The two sides take turns. The figures are the fastest round, which a busy machine disturbs least,
-and the ratio of the medians beside it. On a card the clock is CUDA events, and the kernels' rates,
-on inputs well past the L2 cache, stand beside a device copy's in the same run.
+The two sides take turns of ten calls (--turn 1: of one, so that each finds the caches full of the
+other's data). The figures are the fastest round, which a busy machine disturbs least, and the ratio
+of the medians. On a card the clock is CUDA events, and the kernels' rates, on inputs well past the
+L2 cache, stand beside a device copy's in the same run.
 """
 
 import argparse
@@ -110,18 +111,19 @@ def seconds(call: Callable, device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def clock(calls: list[Callable], device: str, rounds: int) -> list[list[float]]:
-    """Seconds of every round, for each call."""
-    for call in calls * 3:
-        call()
-    times = [[seconds(call, device) for call in calls] for _ in range(rounds)]
-    return list(map(list, zip(*times, strict=True)))
+def clock(calls: list[Callable], device: str, rounds: int, turn: int = 10) -> list[list[float]]:
+    """Seconds of every round, for each call; `turn` rounds of one, then as many of the next."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds // turn + 1):  # the first turn warms up
+        for call, seen in zip(calls, times, strict=True):
+            seen += [seconds(call, device) for _ in range(turn)]
+    return [seen[turn:] for seen in times]
 
 
-def compare(device: str, rounds: int) -> None:
+def compare(device: str, rounds: int, turn: int) -> None:
     print("\n| operation | PyTorch, ms | csrc, ms | ratio | of medians |\n|---|---|---|---|---|")
     for name, calls in pairs(device).items():
-        times = clock(list(calls), device, rounds)
+        times = clock(list(calls), device, rounds, turn)
         (torchs, ours), (a, b) = map(min, times), map(statistics.median, times)
         ratios = f"{torchs / ours:.1f} | {a / b:.1f}"
         print(f"| {name} | {torchs * 1e3:.3f} | {ours * 1e3:.3f} | {ratios} |")
@@ -175,13 +177,13 @@ def launches() -> None:
     print(f"\nlaunches per optimiser step: {len(on_card)}")
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, turn: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, n = {rounds}")
-    compare("cpu", rounds)
+    compare("cpu", rounds, turn)
     if device == "cuda":
-        compare("cuda", rounds)
+        compare("cuda", rounds, turn)
         bandwidth(rounds)
         launches()
 
@@ -197,7 +199,8 @@ def cpu_name() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--turn", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    main(args.rounds)
+    main(args.rounds, args.turn)
