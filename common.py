@@ -12,16 +12,19 @@ import csv
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -39,6 +42,10 @@ VERSION = 1  # of the files in a run directory
 
 class UserError(Exception):
     """A mistake of the user's, or a disk that refuses: one line on stderr, exit status 2."""
+
+
+class NewerVersion(UserError):
+    """A file that only a later version of these scripts may touch."""
 
 
 # ---- presets: Table 1 ----------------------------------------------------------------------------
@@ -79,6 +86,7 @@ PRESETS = {
 
 # ---- randomness ----------------------------------------------------------------------------------
 
+SCORERS = 1 << 16  # scoring network k is replicate SCORERS + k: no network that IMP prunes
 PURPOSES = ("init", "order", "augment", "subset", "noise", "sample")
 WORD = 0xFFFFFFFF  # 32 bits
 
@@ -293,12 +301,17 @@ def load_data(name: str, folder: Path, device: torch.device, quiet: bool = False
     )
 
 
+DIGITS = "abecfd0572dbb442"  # fingerprint of the project's file
+
+
 def load_digits(folder: Path) -> tuple:
     """UCI optdigits: 1,797 handwritten 8x8 digits; the last 360, by other writers, are the test."""
     path = next((p for p in (folder / "digits.npz", HERE / "data/digits.npz") if p.exists()), None)
     if path is None:
         raise UserError(f"no {folder / 'digits.npz'}: copy the project's there, or give --dataset")
     images, labels = read_npz(path, "images", "labels")
+    if fingerprint(images, labels) != DIGITS:
+        raise UserError(f"{path} is not the project's digits.npz: put that one there, or remove it")
     images, labels = images[..., None], labels.astype(np.int64)
     return images[:-360], labels[:-360], images[-360:], labels[-360:], [str(c) for c in range(10)]
 
@@ -337,13 +350,17 @@ def load_images(name: str, folder: Path, quiet: bool) -> tuple:
     with lock(folder / f".{cache.stem}.lock", wait=True):
         if cache.exists():
             try:
-                *arrays, classes = read_npz(cache, *keys)
+                *arrays, classes, made_from = read_npz(cache, *keys, "stamp")
+                if made_from != stamp:
+                    raise UserError(f"{cache} is of other images")
                 return *arrays, classes.tolist()
             except UserError as e:
                 print(f"{e}: decoding again", file=sys.stderr)
+        for left in folder.glob(f".{glob.escape(cache.name)}.*.tmp"):  # by a process that died
+            left.unlink()
         *arrays, classes = decode(files or archived_images(folder), quiet)
         arrays_by_key = dict(zip(keys, [*arrays, np.array(classes)], strict=True))
-        write(cache, lambda f: np.savez(f, **arrays_by_key))
+        write(cache, lambda f: np.savez(f, **arrays_by_key, stamp=np.array(stamp)))
     return *arrays, classes
 
 
@@ -393,7 +410,6 @@ def archived_images(folder: Path) -> list[tuple]:
 def decode(files: list[tuple], quiet: bool) -> tuple:
     """(split, class, name, ...) records -> train and test arrays in class order, class names."""
     from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
 
     classes = sorted({f[1] for f in files})
     if missing := set(classes) - {f[1] for f in files if f[0] != "test"}:
@@ -401,7 +417,10 @@ def decode(files: list[tuple], quiet: bool) -> tuple:
     files = sorted(files, key=lambda f: (f[0] == "test", f[1], f[0], f[2]))
     gray = decode_image(files[0]).shape[2] == 1
     with (
-        ProcessPoolExecutor(mp_context=get_context("fork")) as pool,  # workers touch PIL alone
+        # Forked workers, which touch PIL alone, hold the lock with us: they must not outlive us.
+        ProcessPoolExecutor(
+            mp_context=multiprocessing.get_context("fork"), initializer=end_with_parent
+        ) as pool,
         tqdm(desc="decoding", total=len(files), unit=" images", disable=quiet) as bar,
     ):
         images = []
@@ -414,6 +433,16 @@ def decode(files: list[tuple], quiet: bool) -> tuple:
     labels = np.array([classes.index(f[1]) for f in files])
     images, cut = np.stack(images), sum(f[0] != "test" for f in files)
     return images[:cut], labels[:cut], images[cut:], labels[cut:], classes
+
+
+def end_with_parent() -> None:
+    """In a worker process: ends it when its parent has ended, however that was."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def decode_image(file: tuple, gray: bool | None = None) -> np.ndarray:
@@ -476,7 +505,8 @@ def choose_subset(args: argparse.Namespace, data: Data, labels: Tensor, replicat
 def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
     """The scores of --scores (N,), checked against the data; made by `el2n.py` where none exist."""
     path = Path(args.scores) if args.scores else scores_path(args, data)
-    if not args.scores and not path.exists():
+    about = path.with_suffix(".json")
+    if not args.scores and not (path.exists() and about.exists()):
         try:
             import el2n
         except ImportError as e:
@@ -485,11 +515,13 @@ def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
             ) from e
         el2n.main(el2n.arguments(args))
     try:
-        scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"--scores {path}: {one_line(e)}") from e
-    about = path.with_suffix(".json")
-    told = read_json(about) if about.exists() else {}
+        scores = read_npy(path)
+        told = read_json(about, "metric") if about.exists() else {}
+    except NewerVersion:
+        raise
+    except UserError as e:
+        remedy = "" if args.scores else ": el2n.py --fresh makes the scores again"
+        raise UserError(f"--scores {e}{remedy}") from e
     n = len(data.train_labels)
     if scores.shape != (n,) or scores.dtype.kind not in "fiu":
         told = f"{scores.dtype} {scores.shape}"
@@ -498,20 +530,32 @@ def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
         raise UserError(f"--scores {path}: example {np.isnan(scores).argmax()} has no score (NaN)")
     if told and told.get("sha256_of_scores") != fingerprint(scores):
         raise UserError(
-            f"--scores {path}: damaged, its checksum in {about.name} differs; make it again"
+            f"--scores {path}: damaged, its checksum in {about.name} differs: el2n.py --fresh "
+            "makes EL2N scores again"
         )
     if told and told.get("data") != data.fingerprint:
         raise UserError(f"--scores {path}: made from other data than {data.name}")
     noise = [args.label_noise, args.seed if args.label_noise else 0]
     if told and told.get("label_noise", noise) != noise:
         raise UserError(f"--scores {path}: made under other labels (--label-noise, --seed)")
+    if not args.scores and told.get("made_with") != scores_settings(args):
+        remedy = "el2n.py --fresh makes these"
+        raise UserError(f"--scores {path}: those of other settings, put there by hand: {remedy}")
     return scores
+
+
+SCORES_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "networks", "score_step")
+
+
+def scores_settings(args: argparse.Namespace) -> dict:
+    """What EL2N scores depend on, beside data and labels."""
+    keys = ("depth", "width", "pad", "flip", "seed", *SCORES_KEYS)
+    return {k: getattr(args, k, getattr(PRESETS[args.preset], k, None)) for k in keys}
 
 
 def scores_path(args: argparse.Namespace, data: Data) -> Path:
     """Where `el2n.py` leaves EL2N scores; what they do not depend on is not in the name."""
-    keys = ("batch_size", "lr", "momentum", "weight_decay", "networks", "score_step")
-    name = run_name(args, "el2n", keys=keys)
+    name = run_name(args, "el2n", keys=SCORES_KEYS)
     return args.out / "el2n" / model_name(args, data) / name / "scores.npy"
 
 
@@ -959,8 +1003,11 @@ def write(path: Path, fill: Callable[[io.BufferedWriter], Any]) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    except OSError as e:  # by the name that a user knows
+        raise OSError(e.errno, e.strerror or one_line(e), str(path)) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def fingerprint(*values: Any) -> str:
@@ -987,19 +1034,27 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """What `write_tensors` wrote; UserError if it is not that, whole."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        told, version = state.pop("sha256"), state.pop("version")
-        intact = told == fingerprint(*flat(state))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} does not exist") from e
+        told, version = state.pop("sha256"), int(state.pop("version"))
+        values = list(flat(state))
+        if sum(v.nbytes for v in values if isinstance(v, Tensor)) > path.stat().st_size:
+            raise ValueError("tensors larger than the file")
+        intact = told == fingerprint(*values)
     except Exception as e:  # whatever a damaged or hostile file provokes
         raise UserError(f"{path} is damaged or not one of ours ({one_line(e)[:80]})") from e
+    check_version(path, version)
     if not intact:
         raise UserError(f"{path} is damaged (its checksum differs)")
-    if version > VERSION:
-        raise UserError(f"{path} was written by a newer version of these scripts ({version})")
     return state
+
+
+def check_version(path: Path, version: int) -> None:
+    if version > VERSION:
+        told = f"was written by a newer version of these scripts ({version}, this is {VERSION})"
+        raise NewerVersion(f"{path} {told}: use that one, or another --out")
 
 
 def flat(state: Any) -> Iterator[Any]:
@@ -1015,17 +1070,32 @@ def write_json(path: Path, value: dict) -> None:
     write(path, lambda f: f.write(text.encode() + b"\n"))
 
 
-def read_json(path: Path) -> dict:
-    """What `write_json` wrote; UserError if it is not that, whole."""
+def read_json(path: Path, *keys: str) -> dict:
+    """What `write_json` wrote, with these keys; UserError if it is not that, whole."""
     try:
         value = json.loads(path.read_bytes())
-        told = value.pop("sha256")
-        intact = told == fingerprint(value) and value["version"] <= VERSION
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        told, version = value.pop("sha256"), int(value["version"])
+        intact = told == fingerprint(value)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
         raise UserError(f"{path} cannot be read ({one_line(e)})") from e
+    check_version(path, version)
     if not intact:
-        raise UserError(f"{path} is damaged (its checksum differs) or of a newer version")
+        raise UserError(f"{path} is damaged (its checksum differs)")
+    if lacking := [k for k in keys if k not in value]:
+        raise UserError(f"{path} is another file, without {lacking[0]}")
     return value
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy; UserError if it is not that, whole. Nothing is unpickled."""
+    if not path.is_file():
+        raise UserError(f"{path}: No such file" if not path.exists() else f"{path}: no file")
+    try:
+        array = np.load(path, allow_pickle=False)
+        array.shape  # an .npz has none  # noqa: B018
+    except Exception as e:  # numpy, zipfile and tokenize have an exception each for damage
+        raise UserError(f"{path} is not an .npy, or damaged ({one_line(e)})") from e
+    return array
 
 
 def read_npz(path: Path, *names: str) -> list[np.ndarray]:
@@ -1037,7 +1107,7 @@ def read_npz(path: Path, *names: str) -> list[np.ndarray]:
         raise UserError(f"{path} is damaged ({one_line(e)})") from e
 
 
-def one_line(e: BaseException) -> str:
+def one_line(e: BaseException | str) -> str:
     return " ".join(str(e).split())[:200] or type(e).__name__
 
 
@@ -1046,16 +1116,26 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds `path` for this process alone; it falls with the process, however that ends. UserError
     says who has it, or waits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as f:
+    try:
+        f = open(path, "a+", errors="replace")  # noqa: SIM115
+    except OSError:
+        if os.access(path.parent, os.W_OK):
+            raise
+        yield  # a folder to read from: nothing in it can change
+        return
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             f.seek(0)
-            holder = f.read().strip() or "another process"
+            holder = one_line(f.read(200)) if path.stat().st_size else "another process"
             if not wait:
                 raise UserError(f"{path.parent} is in use by {holder}") from e
             print(f"waiting for {path.parent}: in use by {holder}", file=sys.stderr)
             fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError as e:  # some file systems of clusters have no locks
+            told = f"{path.parent}: no locks ({e.strerror}); make sure that one process works on it"
+            print(told, file=sys.stderr)
         f.truncate(0)
         f.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
         f.flush()
@@ -1078,7 +1158,8 @@ class Run:
         # Others need the scores that a process is making, and wait for them; a run is one's own.
         self.held.enter_context(lock(folder / ".lock", wait=settings["replicate"] is None))
         try:
-            for path in folder.iterdir():
+            # config.json goes last: as long as another file is there, so is what it was made with.
+            for path in sorted(folder.iterdir(), key=lambda p: p.name == "config.json"):
                 if path.name != ".lock" and (fresh or path.suffix == ".tmp"):
                     path.unlink()
             self.enter(settings, here)
@@ -1092,7 +1173,12 @@ class Run:
         if not path.exists():
             self.config = {"settings": settings, "environments": [here]}
             return write_json(path, self.config)
-        self.config = read_json(path)
+        try:
+            self.config = read_json(path, "settings", "environments")
+        except NewerVersion:
+            raise
+        except UserError as e:
+            raise UserError(f"{e}: --fresh starts the run over") from e
         then, before = self.config["settings"], self.config["environments"][-1]
         if differ := sorted(k for k in then | settings if then.get(k) != settings.get(k)):
             told = ", ".join(f"{k} {then.get(k)}, now {settings.get(k)}" for k in differ)
@@ -1107,18 +1193,28 @@ class Run:
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
 
+    def identity(self, name: str) -> str:
+        """What a file of this name holds in this run, so that no other is taken for it."""
+        return fingerprint(self.config["settings"], name.replace("-before", ""))
+
     def save(self, name: str, state: dict[str, Any]) -> None:
-        write_tensors(self.folder / name, state)
+        write_tensors(self.folder / name, {**state, "run": self.identity(name)})
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """A file of this run, or None, with a line on stderr, if it is missing or damaged."""
+        """A file of this run, or None, with a line on stderr, if it is missing, damaged or of
+        another run or level."""
         if not self.has(name):
             return None
         try:
-            return read_tensors(self.folder / name)
+            state = read_tensors(self.folder / name)
+            if state.pop("run", None) != self.identity(name):
+                raise UserError(f"{self.folder / name} is another run's, or was renamed")
+        except NewerVersion:
+            raise
         except UserError as e:
             print(f"{e}: left aside", file=sys.stderr)
             return None
+        return state
 
     def checkpoint(self, phase: str, step: int, state: dict[str, Any]) -> None:
         """Saves the state inside a phase; the one before is kept against damage."""
@@ -1139,8 +1235,14 @@ class Run:
         """One row of log.csv; a row of the same phase and step is replaced."""
         path, rows = self.folder / "log.csv", {}
         if path.exists():
-            with open(path, newline="") as f:
-                rows = {(r["phase"], r["step"]): r for r in csv.DictReader(f)}
+            try:
+                with open(path, newline="") as f:
+                    rows = {(r["phase"], r["step"]): r for r in csv.DictReader(f, strict=True)}
+                if any(None in r or None in r.values() for r in rows.values()):
+                    raise ValueError("a row of another length")
+            except (ValueError, LookupError, csv.Error) as e:
+                print(f"{path} is damaged ({one_line(e)}): begun anew", file=sys.stderr)
+                rows = {}
         rows[phase, str(step)] = {"phase": phase, "step": step, **values}
         out = io.StringIO()
         names = list(dict.fromkeys(k for r in rows.values() for k in r))
@@ -1158,8 +1260,20 @@ class Run:
 
     @property
     def result(self) -> dict | None:
+        """result.json, or None where there is none, or it is damaged or another run's."""
         path = self.folder / "result.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            value = read_json(path, "config")
+            if value["config"]["settings"] != self.config["settings"]:
+                raise UserError(f"{path} is another run's")
+        except NewerVersion:
+            raise
+        except UserError as e:
+            print(f"{e}: left aside", file=sys.stderr)
+            return None
+        return value
 
     def finish(self, result: dict) -> Path:
         """Writes result.json, whose presence means done."""
@@ -1200,9 +1314,9 @@ class Signals:
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.number or not self.training:
-            raise SystemExit(128 + (self.number or number))
-        self.number = number
+        again, self.number = self.number, self.number or number
+        if again or not self.training:
+            raise SystemExit(128 + self.number)
         signal.setitimer(signal.ITIMER_REAL, 4)
 
 
@@ -1250,6 +1364,9 @@ def fit(
             raise SystemExit(128 + signals.number)
         if step in t.at:
             observe(step)
+    # The last update may be the one that goes wrong, and no loss is taken after it.
+    whole = networks.weights.isfinite().all(1) & networks.batchnorm.isfinite().all(1)
+    networks.diverged[~whole & (networks.diverged < 0)] = t.stop
 
 
 def skip(progress: tqdm, steps: int) -> None:
@@ -1342,6 +1459,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
 
+    def parse_args(self, *words) -> argparse.Namespace:
+        args = super().parse_args(*words)
+        if getattr(args, "subset", None) in ("all", "random"):
+            for flag in ("offset", "balance"):
+                if getattr(args, flag):
+                    self.error(f"--{flag} goes with --subset easy or hard")
+        if max(getattr(args, "replicate", (0,))) >= SCORERS:
+            self.error(f"--replicate {args.replicate[-1]}: at most {SCORERS - 1}")
+        return args
+
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable:
     """An argparse type: a finite number in [low, high] (or (low, high])."""
@@ -1390,8 +1517,8 @@ FLAGS = {
         ("preset", str, None, f"settings of another data set: {', '.join(PRESETS)}"),
         ("data-dir", Path, Path("data"), "where data are kept"),
         ("out", Path, Path("results"), "where results go"),
-        ("depth", positive, None, "of the ResNet, 6n+2"),
-        ("width", positive, None, "channels of its first group"),
+        ("depth", number(int, 1, 1202), None, "of the ResNet, 6n+2"),
+        ("width", number(int, 1, 1024), None, "channels of its first group"),
         ("steps", positive, None, "of a whole training, pre-training included"),
         ("batch-size", positive, None, "examples a step"),
         ("lr", number(float, 0, 1e6, True), None, "learning rate"),
@@ -1502,7 +1629,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # the device "meta" has no values
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: {one_line(e)}") from e
@@ -1613,7 +1740,12 @@ def run_stage(main: Callable[[argparse.Namespace], Any], parser: Parser) -> None
         problem = str(e)
     except OSError as e:
         problem = f"{e.filename or 'a file'}: {e.strerror or one_line(e)}"
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        remedy = "a smaller --batch-size, --width, or fewer networks side by side"
+        problem = f"not enough memory ({one_line(e)}): {remedy}"
     else:
         return
-    print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+    print(f"{parser.prog}: error: {' '.join(problem.split())}", file=sys.stderr)
     sys.exit(2)

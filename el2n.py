@@ -21,8 +21,6 @@ import torch
 
 import common
 
-SCORERS = 1 << 16  # scoring network k is replicate SCORERS + k: no network that IMP prunes
-
 
 def flags() -> common.Parser:
     parser = common.flags(__doc__, "noise")
@@ -73,8 +71,8 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
     networks = common.Networks(common.make_model(args, data), args.networks, args.device)
     streams = []
     for k, module in enumerate(networks.modules):
-        common.initialise(module, common.generator(args.seed, "init", SCORERS + k))
-        streams.append(common.make_stream(args, data, SCORERS + k, labels=labels))
+        common.initialise(module, common.generator(args.seed, "init", common.SCORERS + k))
+        streams.append(common.make_stream(args, data, common.SCORERS + k, labels=labels))
     forgetting = args.metric == "forgetting"
     schedule = common.step_schedule(args.lr, args.milestones if forgetting else ())
     training = common.Training(args, data, networks, streams, 0, args.score_step, schedule)
@@ -92,6 +90,8 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
     else:
         each = common.evaluate(networks, data, data.train_images, labels)[2]
     scores = each.double().mean(0).float().cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise common.UserError(f"scores are not finite: lower --lr ({args.lr:g})")
     by_class = {c: scores[labels.cpu().numpy() == k].mean() for k, c in enumerate(data.classes)}
     told = {
         "metric": args.metric,
@@ -100,6 +100,7 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
         "sha256_of_scores": common.fingerprint(scores),
         "networks": args.networks,
         "score_step": args.score_step,
+        "made_with": common.scores_settings(args),
         "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
         "mean_by_class": {c: float(v) for c, v in by_class.items()},
     }
@@ -122,9 +123,9 @@ def main(args: argparse.Namespace) -> dict:
         name = common.run_name(args, args.metric)
     with common.open_runs(args, data, "el2n", name, settings) as [run]:
         path = run.folder / "scores.npy"
-        if run.result is None or not path.exists():
+        if run.result is None or not path.exists() or not path.with_suffix(".json").exists():
             run_networks(args, data, run)
-        told = common.read_json(path.with_suffix(".json"))
+        told = common.read_json(path.with_suffix(".json"), "metric")
     order = " ".join(told["classes_from_easy_to_hard"])
     print(
         f"{told['metric']} of {data.name}, {told['networks']} networks; from easy to hard: {order}"
