@@ -25,6 +25,7 @@ out), so that a network's barrier with itself is 0 either way.
 """
 
 import argparse
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -300,8 +301,6 @@ def main(args: argparse.Namespace) -> list[dict]:
         only = asked[0] if asked else None
         starts[k] = common.read_start("--parent", args.parent, args, data, k, only)
         asked = (args.rewind,)
-    if args.parent and args.rewind >= args.steps:
-        raise common.UserError(f"--parent {args.parent}: step {args.rewind}, --steps {args.steps}")
     sweep = SPAWN.get(args.preset, (args.rewind,))
     sweep = asked or [t for t in sweep if t < args.steps]
     spawned = []
@@ -309,7 +308,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         one, its = argparse.Namespace(**{**vars(args), "rewind": t}), data
         if t == 0 and not args.parent:  # nothing is pre-trained, so no subset or score matters
             one.subset, one.label_noise = "all", 0.0
-            its = common.dataclasses.replace(data, scores=None)
+            its = dataclasses.replace(data, scores=None)
         spawned.append(spawn(one, its, starts))
     whole = [[run for run in runs if not run.result["ended"]] for runs in spawned]
     if whole := [runs for runs in whole if runs]:

@@ -1,0 +1,318 @@
+"""lmc.py against NumPy in float64 on state dicts averaged by hand, and against imp.py."""
+
+import copy
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import imp
+import lmc
+
+TINY = "--width 4 --steps 30 --milestones 20 --batch-size 64 --subset random --size 128 --quiet"
+
+
+def parse(out, line: str = "", stage=lmc):
+    return stage.flags().parse_args([*TINY.split(), "--out", str(out), *line.split()])
+
+
+def prepared(tmp_path, line: str = ""):
+    args = parse(tmp_path, line)
+    args.rewind = 0
+    return args, common.prepare(args)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two spawn points, two replicates, measured at the midpoint."""
+    out = tmp_path_factory.mktemp("done")
+    results = lmc.main(parse(out, "--rewind 0,10 --replicate 0-1"))
+    return out, results
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    return shutil.copytree(done[0], tmp_path / "results")
+
+
+def folder(out, name: str = "random128-rewind10", replicate: int = 0):
+    return out / "lmc/digits-resnet8x4" / f"{name}-steps30-drops20" / f"rep{replicate}"
+
+
+def children(out, **where) -> list[torch.nn.Module]:
+    """The children of a run as float64 modules in eval mode."""
+    args, data = prepared(out)
+    state = common.read_tensors(folder(out, **where) / "children.pt")
+    networks = common.Networks(common.make_model(args, data), len(state["weights"]), args.device)
+    networks.weights.copy_(state["weights"])
+    networks.batchnorm.copy_(state["batchnorm"])
+    return [copy.deepcopy(m).double().eval() for m in networks.modules]
+
+
+def mixed(a, b, alpha: float) -> torch.nn.Module:
+    """Every entry of the two state dicts mixed, as the authors do."""
+    module, first, second = copy.deepcopy(a), a.state_dict(), b.state_dict()
+    entries = {k: (1 - alpha) * first[k] + alpha * second[k] for k in first}
+    assert not module.load_state_dict(entries, strict=False).missing_keys
+    return module
+
+
+def losses(module, data) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropy and error of every training image, (N,) float64, in NumPy."""
+    scale, shift = data.scale.double(), data.shift.double()
+    with torch.no_grad():
+        z = module((data.train_images.double() * scale + shift).permute(0, 3, 1, 2)).numpy()
+    y = data.train_labels.numpy()
+    top = z.max(1)
+    loss = np.log(np.exp(z - top[:, None]).sum(1)) + top - z[np.arange(len(y)), y]
+    return loss, (z.argmax(1) != y).astype(float)
+
+
+def barriers(modules, data, alphas) -> np.ndarray:
+    """(2, pairs, A, N): loss and error barriers."""
+    ends = [losses(m, data) for m in modules]
+    pairs = itertools.combinations(range(len(modules)), 2)
+    each = [
+        [
+            [m - (1 - a) * x - a * y for m, x, y in zip(mid, ends[i], ends[j], strict=True)]
+            for a in alphas
+            for mid in [losses(mixed(modules[i], modules[j], a), data)]
+        ]
+        for i, j in pairs
+    ]
+    return np.array(each).transpose(2, 0, 1, 3)
+
+
+def agree(found: np.ndarray, wanted: np.ndarray) -> None:
+    """Of float32 against float64; an error may turn where two logits are as good as equal."""
+    assert np.allclose(found[0], wanted[0], rtol=1e-4, atol=2e-4)
+    assert (found[1] != wanted[1]).mean() < 1e-3
+
+
+def test_midpoint_against_averaged_state_dicts(done):
+    out, results = done
+    where = folder(out)
+    wanted = barriers(children(out), prepared(out)[1], [0.5])[:, :, 0]
+    found = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
+    agree(np.array(found), wanted)
+    mean = np.load(where / "loss_barrier.npy")
+    assert mean.dtype == np.float32
+    assert np.allclose(mean, wanted[0].mean(0), rtol=1e-4, atol=2e-4)
+    told = json.loads((where / "result.json").read_text())
+    assert told["loss_barrier"] == pytest.approx(wanted[0].mean(), rel=1e-4)
+    assert told["loss_barrier_std"] == pytest.approx(wanted[0].mean(1).std(ddof=1), rel=1e-3)
+    assert told["error_barrier"] == pytest.approx(wanted[1].mean(), abs=1e-3)
+    assert told["connected"] == (told["error_barrier"] < 0.02)
+    assert [p["children"] for p in told["pairs"]] == [[0, 1], [0, 2], [1, 2]]
+    assert len({r["pretrain"]["fingerprint"] for r in results}) == 4
+    ends = [losses(m, prepared(out)[1])[0].mean() for m in children(out)]
+    assert [c["train_loss"] for c in told["children"]] == pytest.approx(ends, rel=1e-5)
+
+
+def test_supremum_per_pair_and_per_example(done, copied):
+    grid = [0, 0.25, 0.5, 0.75, 1]
+    lmc.main(parse(copied, "--rewind 10 --alphas 5"))
+    wanted = barriers(children(copied), prepared(copied)[1], grid)
+    where = folder(copied)
+    found = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
+    agree(np.array(found), wanted.max(2))
+    told = json.loads((where / "result.json").read_text())
+    assert told["alphas"] == grid
+    for pair, loss in zip(told["pairs"], wanted[0], strict=True):
+        assert pair["loss_barrier"] == pytest.approx(loss.mean(1).max(), rel=1e-4, abs=1e-6)
+        assert pair["loss_barrier_at_alphas"][0] == pair["loss_barrier_at_alphas"][4] == 0
+
+
+def test_recompute_against_torch_cumulative_average(done):
+    out = done[0]
+    args, data = prepared(out, "--batchnorm recompute")
+    state = common.read_tensors(folder(out) / "children.pt")
+    found = lmc.measure(args, data, state["weights"], state["batchnorm"])
+    order = common.generator(0, "sample").permutation(len(data.train_labels))
+    batches = order[: len(order) // 64 * 64].reshape(-1, 64)
+
+    def recomputed(module):
+        module = copy.deepcopy(module).train()
+        for m in module.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum, m.num_batches_tracked = None, torch.tensor(0)
+                m.reset_running_stats()
+        for i in batches:
+            x = data.train_images[torch.from_numpy(i)].double() * data.scale + data.shift
+            module(x.permute(0, 3, 1, 2))
+        return module.eval()
+
+    ends = children(out)
+    ends_losses = [losses(recomputed(m), data)[0] for m in ends]
+    for p, (i, j) in enumerate(found["pairs"]):
+        middle = losses(recomputed(mixed(ends[i], ends[j], 0.5)), data)[0]
+        wanted = middle - (ends_losses[i] + ends_losses[j]) / 2
+        assert np.allclose(found["loss_barrier_pairs"][p], wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batchnorm", ("average", "recompute"))
+def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
+    out = done[0]
+    args, data = prepared(out, f"--batchnorm {batchnorm} --alphas 3")
+    state = common.read_tensors(folder(out) / "children.pt")
+    w, b = state["weights"], state["batchnorm"]
+    same = lmc.measure(args, data, w[[0, 0]], b[[0, 0]])
+    assert not same["loss_barrier_pairs"].any() and not same["error_barrier_pairs"].any()
+    one, other = (lmc.measure(args, data, w[k], b[k]) for k in ([0, 1], [1, 0]))
+    assert np.array_equal(one["loss_barrier_pairs"], other["loss_barrier_pairs"])
+    assert one["loss_at"][0].any() and not one["loss_at"][:, [0, 2]].any()  # the ends' own losses
+    assert one["train_loss"] == other["train_loss"][::-1]
+
+
+@pytest.mark.parametrize(("alphas", "passes"), ((1, 6), (5, 12)))
+def test_every_network_runs_once(done, monkeypatch, alphas, passes):
+    args, data = prepared(done[0], f"--alphas {alphas}")
+    state, seen = common.read_tensors(folder(done[0]) / "children.pt"), []
+    usual = common.predict
+
+    def predict(networks, data, images):
+        seen.append(networks.rows * len(images))
+        return usual(networks, data, images)
+
+    monkeypatch.setattr(common, "predict", predict)
+    lmc.measure(args, data, state["weights"], state["batchnorm"])
+    assert sum(seen) == passes * len(data.train_labels)
+
+
+def test_child_0_is_level_0_of_imp_and_a_parent_is_the_same_w_tr(done, copied):
+    out, results = done
+    [dense] = imp.main(parse(out, "--rewind 10 --levels 0", imp))
+    where = folder(out)
+    mine = common.read_tensors(where / "children.pt")
+    level = common.read_tensors(
+        out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt"
+    )
+    assert torch.equal(mine["weights"][0], level["weights"])
+    assert torch.equal(mine["batchnorm"][0], level["batchnorm"])
+    assert not torch.equal(mine["weights"][0], mine["weights"][1])
+    assert results[2]["pretrain"]["fingerprint"] == dense["pretrain"]["fingerprint"]
+    line = f"--width 4 --steps 30 --milestones 20 --quiet --out {copied} --parent"
+    args = lmc.flags().parse_args([*line.split(), str(where.parent)])
+    [again] = lmc.main(args)
+    for key in ("loss_barrier", "error_barrier", "pairs"):
+        assert again[key] == results[2][key]
+
+
+def test_children_draw_other_batches_and_crops(tmp_path):
+    args, data = prepared(tmp_path)
+    streams = [common.make_stream(args, data, 0, c) for c in range(3)]
+    assert len({s.order for s in streams}) == len({tuple(s.augment.tolist()) for s in streams}) == 3
+    assert all(torch.equal(s.indices, streams[0].indices) for s in streams)
+
+
+def test_scores_are_means_over_replicates_and_imp_takes_them(done):
+    out = done[0]
+    path = folder(out).parent / "scores.npy"
+    each = [np.load(folder(out, replicate=r) / "loss_barrier.npy") for r in (0, 1)]
+    assert np.allclose(np.load(path), (each[0] + each[1]) / 2, rtol=1e-6, atol=1e-7)
+    told = json.loads(path.with_suffix(".json").read_text())
+    assert (told["metric"], told["replicates"]) == ("lmc", [0, 1])
+    labels = prepared(out)[1].train_labels.numpy()
+    assert told["mean_by_class"]["3"] == pytest.approx(np.load(path)[labels == 3].mean(), rel=1e-4)
+    line = f"--subset easy --scores {path} --rewind 10 --levels 0"
+    imp.main(parse(out, line, imp))
+    assert (
+        out / "imp/digits-resnet8x4/easy128-lmc-rewind10-steps30-drops20/rep0/result.json"
+    ).exists()
+
+
+def test_measuring_again_trains_nothing(copied, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(common, "fit", refuse)
+    wider = lmc.main(parse(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute"))
+    assert [(len(r["alphas"]), r["batchnorm"]) for r in wider] == [(3, "recompute")] * 2
+    before = json.loads((folder(copied) / "result.json").read_text())
+    path = folder(copied) / "loss_barrier.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + b"abcd")
+    lmc.main(parse(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute"))
+    assert path.read_bytes() == content
+    monkeypatch.setattr(lmc, "measure", refuse)
+    again = lmc.main(parse(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute"))
+    assert again[1]["pairs"] == before["pairs"]
+
+
+@pytest.mark.parametrize("stop", (1, 2, 3))
+def test_resumes_to_the_same_bits(done, tmp_path, monkeypatch, stop):
+    usual, calls = common.Run.checkpoint, []
+
+    def checkpoint(run, *state):
+        usual(run, *state)
+        calls.append(run)
+        if len(calls) == stop:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    line = "--rewind 10 --replicate 1 --checkpoint-every 0"
+    with pytest.raises(SystemExit):
+        lmc.main(parse(tmp_path, line))
+    lmc.main(parse(tmp_path, line))
+    one, other = (folder(out, replicate=1) for out in (done[0], tmp_path))
+    for name in lmc.ARRAYS:
+        assert (one / f"{name}.npy").read_bytes() == (other / f"{name}.npy").read_bytes()
+
+
+def test_onset():
+    def told(step, *connected):
+        return [
+            {"pretrain": {"step": step, "test_accuracy": 0.5}, "children": [{"test_accuracy": 0.5}]}
+            | {"loss_barrier": 0.1, "error_barrier": 0.01, "connected": c}
+            for c in connected
+        ]
+
+    spawned = [told(0, True, True), told(2, True, False), told(4, True, True), told(8, True, True)]
+    assert "connected from step 4 on" in lmc.table(spawned)
+    assert "not connected at the last" in lmc.table(spawned[:2])
+
+
+def test_a_child_that_diverges_ends_the_run(tmp_path):
+    with pytest.raises(common.UserError, match="child 0 from step 0 diverged"):
+        lmc.main(parse(tmp_path, "--rewind 0 --lr 1e6"))
+    [path] = tmp_path.glob("lmc/*/*/rep0/result.json")
+    assert json.loads(path.read_text())["loss_barrier"] is None
+
+
+BAD = {
+    "--rewind 0 --children 1": "at least 2",
+    "--rewind 0 --alphas 4": "odd number",
+    "--rewind 10,30": "not before the end",
+    "--rewind 10,5": "ascending",
+    "--rewind 0 --batchnorm none": "invalid choice",
+    "--rewind 10 --parent nothing": "leave out --subset",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(tmp_path, line):
+    with pytest.raises(common.UserError, match=BAD[line]):
+        lmc.main(parse(tmp_path, line))
+
+
+def test_a_parent_that_does_not_fit(done, tmp_path):
+    parent = folder(done[0]) / "pretrained.pt"
+    base = f"--quiet --out {tmp_path} --parent {parent} --milestones 20"
+    narrow, other = "--steps 30 --width 4", tmp_path / "other.pt"
+    state = common.read_tensors(parent)
+    common.write_tensors(other, state | {"data": "0123456789abcdef"})
+    cases = {
+        "--steps 30 --width 8": "its network is",
+        f"{narrow} --rewind 5": "trained for 10 steps",
+        f"{narrow} --rewind 0,10": "one spawn point",
+        "--steps 10 --width 4": "trained to step 10",
+        f"{narrow} --parent {other}": "its data is",
+        f"{narrow} --parent {tmp_path / 'none.pt'}": "does not exist",
+    }
+    for line, told in cases.items():
+        with pytest.raises(common.UserError, match=told):
+            lmc.main(lmc.flags().parse_args([*base.split(), *line.split()]))
