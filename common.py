@@ -1303,6 +1303,9 @@ def environment(args: argparse.Namespace) -> dict:
     }
 
 
+# ---- training that can be stopped ----------------------------------------------------------------
+
+
 class Signals:
     """SIGINT and SIGTERM: training stops after the step in hand and saves itself; anything else,
     and a step of over four seconds, is left at once. Exit status 128 + signal, by convention."""
@@ -1614,6 +1617,7 @@ def prepare(args: argparse.Namespace) -> Data:
     # that a run that is extended or resumed keeps its engine.
     work = args.steps * args.batch_size * height * width * args.depth
     cuda = args.device.type == "cuda"
+    torch.backends.cudnn.deterministic = True  # to the same bits, killed or not
     if args.engine == "auto":
         args.engine = "graph" if cuda else "compiled" if work > 2e9 else "eager"
     if args.engine == "graph" and not cuda:
