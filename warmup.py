@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace) -> common.Data:
         common.read_scores(standard, data)  # makes them if need be
         args.scores = common.scores_path(standard, data)
     if not max(args.warmup):
-        args.subset = "all"
+        args.subset, args.size = "all", None
     data = common.prepare(args)
     if max(args.warmup) > args.steps:
         raise common.UserError(f"--warmup {max(args.warmup)}: longer than --steps {args.steps}")
