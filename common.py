@@ -1174,7 +1174,8 @@ class Run:
             self.config = {"settings": settings, "environments": [here]}
             return write_json(path, self.config)
         try:
-            self.config = read_json(path, "settings", "environments")
+            whole = read_json(path, "settings", "environments")
+            self.config = {k: whole[k] for k in ("settings", "environments")}
         except NewerVersion:
             raise
         except UserError as e:
