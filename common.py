@@ -876,6 +876,27 @@ def beside(stream: Any) -> Iterator[Any]:
             yield stream
 
 
+Leaves = list[tuple[list[Tensor], list[Tensor]]]  # parameters, where their gradients go
+
+
+def leaves_by_type(module: nn.Module, full: nn.Module) -> Leaves:
+    """The parameters of `module`, by type, with the gradients of its float32 twin: gradients of one
+    type are copied in one launch."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for p, q in zip(module.parameters(), full.parameters(), strict=True):
+        parameters, places = groups.setdefault(p.dtype, ([], []))
+        parameters.append(p)
+        places.append(q.grad)
+    return list(groups.values())
+
+
+def backward(loss: Tensor, leaves: Leaves) -> None:
+    gradients = list(torch.autograd.grad(loss, [p for group, _ in leaves for p in group]))
+    for _, places in leaves:
+        torch._foreach_copy_(places, gradients[: len(places)])
+        del gradients[: len(places)]
+
+
 def train(t: Training, start: int | None = None) -> Iterator[int]:
     """Takes one masked SGD step of every row after the other; yields the number of steps done at
     each step of `t.at` and now and then between.
@@ -894,8 +915,7 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
     low = args.precision == "bf16"
     modules = networks.lowered() if low else networks.modules
     dtype = torch.bfloat16 if low else torch.float32
-    parameters = [list(m.parameters()) for m in modules]
-    gradients = [[p.grad for p in m.parameters()] for m in networks.modules]
+    leaves = [leaves_by_type(*pair) for pair in zip(modules, networks.modules, strict=True)]
     rates = torch.zeros(longest, device=device)
     batches = torch.zeros(networks.rows, longest, args.batch_size, dtype=torch.int64, device=device)
     place = torch.zeros(1, dtype=torch.int64, device=device)  # in the two tables above
@@ -909,7 +929,7 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
                 indices = batches[r].index_select(0, place)[0]
                 x = augment(images, indices, streams[r].augment, now, *scaling, dtype)
                 loss, logits = compute(modules[r], x, streams[r].labels[indices])
-                torch._foreach_copy_(gradients[r], torch.autograd.grad(loss, parameters[r]))
+                backward(loss, leaves[r])
                 chosen[r], seen[r] = indices, logits.detach()
                 finite = loss.detach().isfinite() | (networks.diverged[r] >= 0)
                 networks.diverged[r] = torch.where(finite, networks.diverged[r], now[0])
