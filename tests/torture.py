@@ -1,0 +1,528 @@
+"""Does a run that was killed, starved of disk or crowded end in the numbers of one left alone?
+
+    python tests/torture.py                      200 kills and all the rest, minutes on two cores
+    python tests/torture.py --kills 2000         more of them
+    python tests/torture.py --hours 8            kills until then
+    python tests/torture.py --only disk,crowd    parts of it: kills, signals, disk, crowd
+    python tests/torture.py --short              a few of each, in under a minute (in the tests)
+
+Every stage runs on the embedded digits with networks of a few channels, a checkpoint after every 16
+steps at most. torch is imported once; each run is a fork of this process, which is what makes
+hundreds of kills cheap. Kills come at random times, and at random file operations: with half a file
+written, before and after its rename, before a file is removed. A run is started again until it is
+done; then every result.json, score, mask, weight and barrier is compared with those of a run that
+nobody disturbed, tensors and arrays by their bytes, tables without the columns of seconds.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads cannot be forked
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import common  # noqa: E402
+
+SMALL = ("--width", "4", "--batch-size", "32", "--steps", "40", "--milestones", "30")
+CASES = {  # name -> stage and flags, short enough to be killed often
+    "imp": "imp --subset random --size 64 --rewind 10 --levels 3 --replicate 0-1",
+    "el2n": "el2n --networks 2 --score-step 40",
+    "lmc": "lmc --subset random --size 64 --rewind 0,10 --children 2",
+    "warmup": "warmup --subset random --size 64 --warmup 0,20 --sharpness-every 20 "
+    "--sharpness-sample 32",
+    "forgetting": "el2n --metric forgetting --networks 2",
+    "pretrain": "pretrain --subset random --size 64 --rewind 30 --track gradient-norm,coherence "
+    "--every 10",
+}
+TIMES = {"seconds", "steps_per_second", "sha256", "environments"}
+
+
+class Failed(Exception):
+    """What a disturbed run got wrong."""
+
+
+# ---- runs as forks -------------------------------------------------------------------------------
+
+
+def start(words: list[str], log: Path, prepare: Callable[[], Any] = lambda: None) -> int:
+    """A stage as its command line runs it, in a fork: its process id."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.setpgid(0, 0)
+        sys.argv = [f"{words[0]}.py", *words[1:]]
+        module = __import__(words[0])
+        prepare()
+        common.run_stage(module.main, module.flags())
+        status = 0
+    except SystemExit as e:
+        status = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid: int, limit: float, log: Path) -> int:
+    """Its exit status, -N for signal N; Failed if it hangs."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            text = log.read_text(errors="replace") if log.exists() else ""
+            if "Traceback" in text or "Exception ignored" in text:
+                raise Failed(f"a traceback:\n{text[-3000:]}")
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise Failed(f"still there after {limit:g} s:\n{log.read_text()[-2000:]}")
+
+
+class Case:
+    """A stage with its flags, and what it leaves when nobody disturbs it."""
+
+    def __init__(self, name: str, place: Path):
+        self.name, self.place = name, place
+        self.log = place / f"{name}.log"
+        self.flags = [*CASES[name].split(), *SMALL]
+        whole = place / f"{name}-whole"
+        began = time.monotonic()
+        self.run(whole)
+        self.seconds = time.monotonic() - began
+        self.expected = state_of(whole)
+        counted, count = place / f"{name}-counted", place / f"{name}.count"
+        self.run(counted, lambda: crash(-1, count))
+        shutil.rmtree(counted)
+        sizes = [int(line) for line in count.read_text().splitlines()]
+        self.operations, self.largest = len(sizes), max(sizes)
+        final = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
+        self.bytes = max(final, self.largest)  # without so much space it cannot end
+
+    def words(self, out: Path, *more: str) -> list[str]:
+        data = ROOT / "data"
+        own = ("--out", str(out), "--data-dir", str(data), "--device", "cpu", "--quiet")
+        return [*self.flags, *own, "--checkpoint-every", "0", *more]
+
+    def start(self, out: Path, prepare: Callable[[], Any] = lambda: None, *more: str) -> int:
+        return start(self.words(out, *more), self.log, prepare)
+
+    def run(self, out: Path, prepare: Callable[[], Any] = lambda: None, expect: str = "") -> bool:
+        """Runs it to its end: True if it is done, False if it ended with one line that says
+        `expect` and where; anything else is a failure."""
+        status = wait(self.start(out, prepare), 120, self.log)
+        text = self.log.read_text()
+        if status == 2 and expect:
+            one_line(text, expect, str(out))
+        elif status:
+            raise Failed(f"exit status {status}:\n{text[-2000:]}")
+        return status == 0
+
+    def compare(self, out: Path) -> None:
+        """Failed if what is in `out` is not what an undisturbed run left."""
+        state = state_of(out)
+        for name in sorted(self.expected.keys() | state.keys()):
+            a, b = self.expected.get(name), state.get(name)
+            if a != b:
+                told = "is missing" if b is None else "was left over" if a is None else "differs"
+                raise Failed(f"{name} {told}{first_difference(a, b)}")
+
+
+def plain(value: Any) -> Any:
+    """A value of a file with tensors as fingerprints and without what a clock says."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in TIMES}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return common.fingerprint(value) if isinstance(value, torch.Tensor) else value
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    """File -> content, of everything below a results folder but locks."""
+    state = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock"):
+        name = str(path.relative_to(out))
+        if path.suffix == ".pt":
+            state[name] = plain(common.read_tensors(path))
+        elif path.suffix == ".json":
+            state[name] = plain(common.read_json(path))
+        elif path.suffix == ".csv":
+            rows = [line.split(",") for line in path.read_text().splitlines()]
+            keep = [k for k, column in enumerate(rows[0]) if column not in TIMES]
+            state[name] = [[row[k] for k in keep] for row in rows]
+        else:
+            state[name] = path.read_bytes()
+    return state
+
+
+def first_difference(a: Any, b: Any) -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for k in a.keys() | b.keys():
+            if a.get(k) != b.get(k):
+                return f" at {k}" + first_difference(a.get(k), b.get(k))
+    return f": {str(a)[:100]}, now {str(b)[:100]}"
+
+
+# ---- what happens to them ------------------------------------------------------------------------
+
+
+def crash(at: int, count: Path | None = None) -> None:
+    """Kills this process at its file operation number `at`; the lines of `count` are the sizes of
+    the files that operations write, 0 for others."""
+    seen = itertools.count()
+
+    def point(half: Any = None) -> None:
+        if next(seen) == at:
+            if half:
+                half.flush()
+                os.ftruncate(half.fileno(), os.fstat(half.fileno()).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count:
+            with open(count, "a") as f:
+                f.write(f"{half.tell() if half else 0}\n")
+
+    def write(path: Path, fill: Callable) -> None:
+        def fill_and_die(f) -> None:
+            fill(f)
+            point(f)
+
+        whole_write(path, fill_and_die)
+
+    def replace(*paths) -> None:
+        point()
+        whole_replace(*paths)
+        point()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            point()
+        whole_unlink(path, missing_ok)
+
+    whole_write, whole_replace, whole_unlink = common.write, os.replace, Path.unlink
+    common.write, os.replace, Path.unlink = write, replace, unlink
+
+
+def refuse(at: int, number: int) -> None:
+    """Lets write number `at` of this process, and all later ones, fail after half of it."""
+    seen, whole_write = itertools.count(), common.write
+
+    def write(path: Path, fill: Callable) -> None:
+        def half(f) -> None:
+            fill(f)
+            if next(seen) >= at:
+                os.ftruncate(f.fileno(), f.tell() // 2)
+                raise OSError(number, os.strerror(number))
+
+        whole_write(path, half)
+
+    common.write = write
+
+
+def kills(cases: list[Case], draw: random.Random, count: int, until: float | None) -> str:
+    """SIGKILL at random times and file operations; each run is started again until it is done."""
+    began, killed, starts, runs, by_case = time.monotonic(), 0, 0, 0, dict.fromkeys(CASES, 0)
+    for case in itertools.cycle(cases):
+        if (killed >= count) if until is None else (time.monotonic() > until):
+            break
+        out, history = case.place / f"{case.name}-killed", []
+        left = draw.randint(1, 12)  # kills before it is left to finish
+        while True:
+            at, when = None, None
+            if left and draw.random() < 0.5:
+                at = draw.randrange(max(1, int(case.operations * draw.random())))
+            elif left:
+                when = case.seconds * draw.random()
+            history.append(f"operation {at}" if at is not None else f"{when} s")
+            pid = case.start(out, (lambda at=at: crash(at)) if at is not None else lambda: None)
+            starts += 1
+            if when is not None:
+                time.sleep(when)
+                os.kill(pid, signal.SIGKILL)
+            try:
+                status = wait(pid, 120, case.log)
+                if status not in (0, -signal.SIGKILL):
+                    raise Failed(f"exit status {status}:\n{case.log.read_text()[-2000:]}")
+                if status == 0:
+                    case.compare(out)
+                    break
+            except Failed as e:
+                raise Failed(f"{case.name}, killed at {', '.join(history)}: {e}") from e
+            killed, left = killed + 1, left - 1
+            by_case[case.name] += 1
+        shutil.rmtree(out)
+        runs += 1
+    told = ", ".join(f"{n} {k}" for k, n in by_case.items() if n)
+    return (
+        f"{killed} kills ({told}), {starts} starts, {runs} runs done, all as if undisturbed; "
+        f"{time.monotonic() - began:.0f} s"
+    )
+
+
+def signals(cases: list[Case], draw: random.Random, count: int) -> str:
+    """SIGTERM and SIGINT at random times and in the middle of a random step: the conventional
+    status within 5 s; in a step, with a checkpoint."""
+    sent, longest, saved, turn = 0, 0.0, 0, itertools.cycle(cases)
+    while sent < count:
+        case = next(turn)
+        out = case.place / f"{case.name}-stopped"
+        while True:
+            number = draw.choice((signal.SIGTERM, signal.SIGINT))
+            in_step = sent < count and draw.random() < 0.5
+            hook = (lambda n=number: raise_in_step(n, draw.randrange(60))) if in_step else None
+            pid = case.start(out, hook or (lambda: None), "--checkpoint-every", "1e9")
+            before = time.monotonic()
+            if not in_step and sent < count:
+                time.sleep(
+                    0.05 + case.seconds * draw.random()
+                )  # the handlers are installed by then
+                before = time.monotonic()
+                os.kill(pid, number)
+            status = wait(pid, 60, case.log)
+            if status == 0:
+                case.compare(out)
+                break
+            if status != 128 + number:
+                raise Failed(f"{case.name}: status {status} after signal {number}")
+            sent += 1
+            if in_step:
+                if not list(out.rglob("checkpoint.pt")):
+                    raise Failed(f"{case.name}: signal {number} in a step, and no checkpoint")
+                saved += 1
+            else:
+                longest = max(longest, time.monotonic() - before)
+        shutil.rmtree(out)
+    if longest > 5:
+        raise Failed(f"{longest:.1f} s from a signal to the end")
+    return (
+        f"{sent} signals, {saved} in a step, each with a checkpoint; at most {longest:.2f} s to end"
+    )
+
+
+def raise_in_step(number: int, step: int) -> None:
+    """Lets this process send itself a signal in its training step number `step`."""
+    augment, seen = common.augment, itertools.count()
+
+    def augment_and_raise(*args, **kwargs):
+        if next(seen) == step:
+            os.kill(os.getpid(), number)
+        return augment(*args, **kwargs)
+
+    common.augment = augment_and_raise
+
+
+def one_line(text: str, *needles: str) -> None:
+    lines = text.splitlines()
+    wrong = [n for n in needles if n not in (lines or [""])[-1]]
+    if wrong or sum("error:" in line for line in lines) != 1:
+        raise Failed(f"not one clear line with {wrong or needles}:\n{text}")
+
+
+def disk(cases: list[Case], draw: random.Random, short: bool) -> str:
+    """Writes that fail, a limit on the size of files, small disks, and disks to read from only."""
+    failed, limited, full = 0, 0, 0
+
+    def finish(case: Case, out: Path) -> None:
+        case.run(out)
+        case.compare(out)
+        for path in out.iterdir():
+            shutil.rmtree(path)
+
+    for case in cases:
+        out = case.place / f"{case.name}-refused"
+        for number in (errno.ENOSPC,) if short else (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            for at in draw.sample(range(case.operations // 3), 2 if short else 6):
+                hook = functools.partial(refuse, at, number)
+                if case.run(out, hook, os.strerror(number)) or draw.random() < 0.5:
+                    finish(case, out)  # else the next refusal finds it half way
+                failed += 1
+        finish(case, out)
+        for size in (1000, case.largest // 2, case.largest - 1):
+            limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            hook = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+            if case.run(out, hook, os.strerror(errno.EFBIG)):
+                raise Failed(f"{case.name} ended well with files of at most {size} bytes")
+            limited += 1
+        finish(case, out)
+    told = f"{failed} refused writes, {limited} size limits"
+    if os.environ.get("TORTURE_MOUNTS") != "1":  # see main
+        return f"{told}; no small disks: mounting is not allowed here"
+    for case in cases:
+        out, least = case.place / f"{case.name}-small", 16
+        out.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "small", out], check=True)
+        try:
+            for _ in range(2 if short else 6):
+                least = draw.randrange(least, int(case.bytes * 0.95) // 1024)
+                remount(out, f"size={least // 4 * 4}k")
+                if case.run(out, expect=os.strerror(errno.ENOSPC)):
+                    raise Failed(f"{case.name} ended well on {least} KiB")
+                full += 1
+                if draw.random() < 0.5:
+                    remount(out, "size=64m")
+                    finish(case, out)
+                    least = 16
+            remount(out, "size=64m,ro")
+            if case.run(out, expect=os.strerror(errno.EROFS)):
+                raise Failed(f"{case.name} ended well on a read-only disk")
+            remount(out, "rw")
+            case.run(out)
+            case.compare(out)
+            remount(out, "ro")
+            case.run(out)  # what is done can be read
+            case.compare(out)
+        finally:
+            subprocess.run(["umount", out], check=True)
+    return f"{told}, {full} full disks, {len(cases)} read-only ones; one line each, then as usual"
+
+
+def remount(place: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
+
+
+def crowd(place: Path, draw: random.Random) -> str:
+    """Twenty processes on one results folder, one set of scores and one cache of decoded images;
+    two on one run; a decoder killed with its workers at work."""
+    from PIL import Image
+
+    pixels = random.Random(0)
+    for split, label, k in itertools.product(("train", "test"), ("cat", "dog"), range(40)):
+        path = place / "pictures" / split / label / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("L", (8, 8), pixels.randbytes(64)).save(path)
+    flags = "imp --subset easy --size 32 --rewind 4 --levels 1 --steps 12 --width 2 --batch-size 16"
+    shared = ("--dataset", str(place / "pictures"), "--device", "cpu", "--quiet")
+
+    def words(out: str, data: str, *more: str) -> list[str]:
+        where = ("--out", str(place / out), "--data-dir", str(place / data))
+        return [*flags.split(), *shared, *where, *more]
+
+    log = place / "killed.log"
+    pid = start(words("killed", "data"), log, slow_decoding)
+    until = time.monotonic() + 30
+    while not list((place / "data").glob(".pictures*.lock")) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)  # it alone: its workers must see that by themselves
+    if wait(pid, 5, log) != -signal.SIGKILL or list((place / "data").glob("*.npz")):
+        raise Failed("the decoder was not killed while decoding")
+    if wait(start(words("alone", "data", "--replicate", "0-18"), log), 60, log):
+        raise Failed(f"after a killed decoder:\n{log.read_text()}")
+
+    began, logs = time.monotonic(), [place / f"crowd{k}.log" for k in range(20)]
+    pids = [
+        start(words("together", "fresh", "--replicate", str(k % 19)), log)
+        for k, log in enumerate(logs)
+    ]
+    statuses = [wait(pid, 240, log) for pid, log in zip(pids, logs, strict=True)]
+    seconds = time.monotonic() - began
+    holders = [k for k in (0, 19) if statuses[k] == 2]
+    if len(holders) > 1 or any(s for k, s in enumerate(statuses) if k not in holders):
+        texts = "\n".join(log.read_text() for log in logs)
+        raise Failed(f"statuses {statuses}:\n{texts}")
+    for k in holders:
+        one_line(logs[k].read_text(), "is in use by process", " on ", " since ")
+    alone, together = state_of(place / "alone"), state_of(place / "together")
+    if alone != together:
+        raise Failed(f"a crowd changes {first_difference(alone, together)}")
+    caches = len(list((place / "fresh").glob("*.npz")))
+    waited = sum("waiting for" in log.read_text() for log in logs)
+    return (
+        f"20 processes at once, {waited} waited, {len(holders)} refused, {caches} cache, results "
+        f"as of one process; {seconds:.0f} s"
+    )
+
+
+def slow_decoding() -> None:
+    decode_image = common.decode_image
+
+    @functools.wraps(decode_image)
+    def slowly(*args):
+        time.sleep(0.05)
+        return decode_image(*args)
+
+    common.decode_image = slowly
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+PARTS = ("kills", "signals", "disk", "crowd")
+
+
+def flags() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs [200]")
+    parser.add_argument("--hours", type=float, help="of kills, instead of a number of them")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--cases", default=",".join(CASES), help=f"of {','.join(CASES)}")
+    parser.add_argument("--seed", type=int, default=0, help="of what happens when [0]")
+    parser.add_argument("--short", action="store_true", help="a few of each")
+    return parser
+
+
+def main() -> int:
+    args = flags().parse_args()
+    if "disk" in args.only and "TORTURE_MOUNTS" not in os.environ:
+        # A mount namespace of our own, so that nothing stays mounted, however this ends.
+        allowed = subprocess.run(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL)
+        os.environ["TORTURE_MOUNTS"] = "1" if allowed.returncode == 0 else "0"
+        if allowed.returncode == 0:
+            os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
+    torch.set_num_threads(1)
+    common.csrc_ops()  # built once, before the forks
+    for stage in {words.split()[0] for words in CASES.values()}:
+        __import__(stage)
+    draw, place = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="torture-"))
+    began, failed = time.monotonic(), 0
+    until = None if args.hours is None else began + 3600 * args.hours
+    try:
+        cases = (
+            [Case(name, place) for name in args.cases.split(",")] if args.only != "crowd" else []
+        )
+        for part in args.only.split(","):
+            try:
+                if part == "kills":
+                    told = kills(cases, draw, 8 if args.short else args.kills, until)
+                elif part == "signals":
+                    told = signals(cases, draw, 6 if args.short else 60)
+                elif part == "disk":
+                    told = disk(cases[:2] if args.short else cases, draw, args.short)
+                else:
+                    told = crowd(place, draw)
+            except Failed as e:
+                failed, told = failed + 1, f"FAILED: {e}"
+            print(f"{part}: {told}", flush=True)
+        print(f"{time.monotonic() - began:.0f} s, torch {torch.__version__}, seed {args.seed}")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
