@@ -23,7 +23,7 @@
 set -uf -o pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 out=results data_dir=data mode=run only='' datasets=() preset='' quick='' spread='' grid='' wave=''
-jobs='' gpus=() device='' rate='' sbatch=() extra=() tail='' levels='' steps=''
+jobs='' gpus=() device='' rate='' sbatch=() extra=() tail='' levels='' steps='' sharpness=''
 python=${PYTHON:-$(command -v python || command -v python3)}
 
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
@@ -37,7 +37,7 @@ declare -A index=()
 
 job() { # FOLDER NEEDS FIGURES REPLICATES NETWORK-STEPS LEVELS SCRIPT ARGUMENT...
     local line script=$7 known=${index[$1]-}
-    [[ $here = "$PWD" ]] || script=$here/$7
+    [[ $here = "$PWD" || $7 = /* ]] || script=$here/$7
     local all=("$python" "$script" "${@:8}" "--out=$out" "--data-dir=$data_dir" --quiet)
     [[ -z $device ]] || all+=("--device=$device")
     printf -v line '%q ' "${all[@]}"
@@ -136,12 +136,12 @@ warmup() { # FIGURES SUBSET SIZE WARMUP STEPS
     subset "$1" "$2" "$3"
     name+=-warmup$4
     job "warmup/$model/$name" "$need" "$1" "$R" $(($(count "$R") * $5)) 0 \
-        warmup.py "${flags[@]}" "--warmup=$4"
+        warmup.py "${flags[@]}" "--warmup=$4" ${sharpness:+"--sharpness-every=$sharpness"}
 }
 
 grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there twice runs once
     use "$1" "$2"
-    local s m t p half_t full_t sizes main
+    local s m t p by half_t full_t sizes main
     case $2 in
     cifar10) half_t=200 full_t=400 main=3200 sizes='256 512 1024 2048 3200 6400 12800 25600' ;;
     cifar100) half_t=400 full_t=800 main=2048 sizes='256 512 1024 2048 3200 6400' ;;
@@ -168,8 +168,9 @@ grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there t
             done
         done
         forgetting fig12 4
+        by=$made
         for m in 1024 2048 3200; do
-            scores=$made metric=forgetting balance=1 imp fig12 easy $m 200
+            scores=$by metric=forgetting balance=1 imp fig12 easy $m 200
             imp fig12 easy $m 200
         done
         for s in easy random; do R=0-3 pretrain fig8 $s 25600 200; done
@@ -220,9 +221,7 @@ grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there t
         for s in easy random hard; do lmc fig5 $s 256 20; done
         scores=lmc/$model/all-rewind40$tail metric=lmc40 imp fig10 easy 256 20
         warmup fig6 all - 0 300
-        for t in 20 60; do
-            for s in all easy random hard; do warmup fig6 $s 256 $t 300; done
-        done
+        for s in all easy random hard; do warmup fig6 $s 256 60 300; done
         ;;
     esac
 }
@@ -267,7 +266,7 @@ line_of() { printf '%s%s' "${command[task[$1]]}" "${only_rep[$1]:+--replicate=${
 name_of() { printf '%s%s' "${folder[task[$1]]}" "${only_rep[$1]:+/rep${only_rep[$1]}}"; }
 
 finished() { # TASK: every result.json is there, with all of its levels, and none ended early
-    local path=$out/${folder[task[$1]]} r=${only_rep[$1]} files=() f
+    local path=$out/${folder[task[$1]]} r=${only_rep[$1]} enough=${rows[task[$1]]} files=() f
     if [[ -n $r ]]; then
         for ((r = ${r%-*}; r <= ${only_rep[$1]#*-}; r++)); do files+=("$path/rep$r/result.json"); done
     else
@@ -275,8 +274,8 @@ finished() { # TASK: every result.json is there, with all of its levels, and non
     fi
     for f in "${files[@]}"; do [[ -s $f ]] || return 1; done
     ! grep -q '^ "ended": "' -- "${files[@]}" || return 1
-    ((rows[task[$1]] == 0)) || for f in "${files[@]}"; do
-        (($(grep -c '"level":' -- "$f") >= rows[task[$1]])) || return 1
+    ((enough == 0)) || for f in "${files[@]}"; do
+        [[ $(grep -c '"level":' -- "$f") -ge $enough ]] || return 1
     done
 }
 
@@ -534,7 +533,7 @@ only=${only#,}
 [[ -z $jobs || $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: not a whole number"
 cores=$(nproc 2>/dev/null || echo 1)
 if [[ -n $quick ]]; then
-    datasets=(digits) steps=200 levels=4 R=0-1 tail=-steps200-drops100+150
+    datasets=(digits) steps=200 levels=4 sharpness=100 R=0-1 tail=-steps200-drops100+150
     extra=(--steps=200 "--milestones=100,150")
     : "${jobs:=$((cores < 2 ? 1 : 2))}"
 fi
