@@ -115,7 +115,8 @@ def top_eigenvalue(
     def flat(tensors: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors])
 
-    with batch_statistics(module), torch.backends.cudnn.flags(allow_tf32=False):
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with batch_statistics(module), exact:
         loss = F.cross_entropy(module(x), y)
         gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
         if not gradient.isfinite().all():
