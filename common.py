@@ -553,6 +553,30 @@ def scores_settings(args: argparse.Namespace) -> dict:
     return {k: getattr(args, k, getattr(PRESETS[args.preset], k, None)) for k in keys}
 
 
+def write_scores(
+    folder: Path,
+    scores: np.ndarray,
+    labels: Tensor,
+    args: argparse.Namespace,
+    data: Data,
+    **more: Any,
+) -> None:
+    """scores.npy, (N,) float32 of the training examples under `labels`, and scores.json with what
+    they were made from and `more`."""
+    y = labels.cpu().numpy()
+    by_class = {c: float(scores[y == k].mean()) for k, c in enumerate(data.classes)}
+    told = {
+        **more,
+        "data": data.fingerprint,
+        "label_noise": [args.label_noise, args.seed if args.label_noise else 0],
+        "sha256_of_scores": fingerprint(scores),
+        "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
+        "mean_by_class": by_class,
+    }
+    write(folder / "scores.npy", lambda f: np.save(f, scores))
+    write_json(folder / "scores.json", told)
+
+
 def scores_path(args: argparse.Namespace, data: Data) -> Path:
     """Where `el2n.py` leaves EL2N scores; what they do not depend on is not in the name."""
     name = run_name(args, "el2n", keys=SCORES_KEYS)
@@ -980,10 +1004,10 @@ def normalise(data: Data, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(networks: Networks, data: Data, images: Tensor, batch_size: int = 1000) -> Tensor:
+def predict(networks: Networks, data: Data, images: Tensor) -> Tensor:
     """Logits (R, N, classes) float32 of unaugmented images (N, H, W, C) uint8, BatchNorm in eval
     mode (running statistics)."""
-    logits = []
+    logits, batch_size = [], 1000 if images.is_cuda else 100  # what a CPU's caches hold
     for module in networks.modules:
         module.eval()
         for x in images.split(batch_size):
@@ -1272,6 +1296,11 @@ class Run:
         writer.writerows(rows.values())
         write(path, lambda f: f.write(out.getvalue().encode()))
 
+    def pretraining(self) -> dict[str, Any]:
+        """What result.json says of w_tr."""
+        start = self.load("pretrained.pt")
+        return {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
+
     def adopt(self, start: dict[str, Any]) -> None:
         """Takes another run's w_tr as its own; UserError if it has a different one."""
         mine = self.load("pretrained.pt")
@@ -1536,7 +1565,7 @@ FLAGS = {
             "dataset",
             str,
             "digits",
-            "digits, cifar10, cifar100, cinic10, or a folder with train/CLASS/* and test/CLASS/*",
+            f"{', '.join(PRESETS)}, or a folder: train/CLASS/*, test/CLASS/*",
         ),
         ("preset", str, None, f"settings of another data set: {', '.join(PRESETS)}"),
         ("data-dir", Path, Path("data"), "where data are kept"),
@@ -1555,12 +1584,7 @@ FLAGS = {
     ],
     "replicate": [("replicate", numbers, (0,), "replicates, trained side by side: 0-3, 0,2")],
     "noise": [
-        (
-            "label-noise",
-            number(float, 0, 1),
-            0.0,
-            "fraction of training labels redrawn (pre-training and scores only)",
-        )
+        ("label-noise", number(float, 0, 1), 0.0, "of pre-training and scores: part redrawn")
     ],
     "subset": [
         ("size", positive, None, "examples in the subset"),
@@ -1595,8 +1619,9 @@ def flags(description: str, *groups: str) -> Parser:
     return parser
 
 
-def prepare(args: argparse.Namespace) -> Data:
-    """Loads the data, fills `args` from the preset, refuses what cannot work, finds scores."""
+def prepare(args: argparse.Namespace, data: Data | None = None) -> Data:
+    """Loads the data unless given, fills `args` from the preset, refuses what cannot work, finds
+    scores."""
     if getattr(args, "subset", None) == "all" and args.size:
         raise UserError("--size goes with --subset random, easy or hard")
     if args.preset not in (None, *PRESETS):
@@ -1606,7 +1631,7 @@ def prepare(args: argparse.Namespace) -> Data:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {args.out}: {e.strerror}") from e
-    data = load_data(args.dataset, args.data_dir, args.device, args.quiet)
+    data = data or load_data(args.dataset, args.data_dir, args.device, args.quiet)
     n, height, width, _ = data.train_images.shape
     own = args.dataset if args.dataset in PRESETS else None
     args.preset = args.preset or own or ("cifar10" if height == width == 32 else "digits")
@@ -1628,8 +1653,6 @@ def prepare(args: argparse.Namespace) -> Data:
             raise UserError(
                 f"--size {args.size}: smaller than a batch (--batch-size {args.batch_size})"
             )
-        if args.offset and args.subset == "random":
-            raise UserError("--offset goes with --subset easy or hard")
         if args.offset + args.size > n:
             window = f"--size {args.size}" + f" from --offset {args.offset}" * bool(args.offset)
             raise UserError(f"{window}: {data.name} has {n} training images")

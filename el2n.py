@@ -92,20 +92,9 @@ def run_networks(args: argparse.Namespace, data: common.Data, run: common.Run) -
     scores = each.double().mean(0).float().cpu().numpy()
     if not np.isfinite(scores).all():
         raise common.UserError(f"scores are not finite: lower --lr ({args.lr:g})")
-    by_class = {c: scores[labels.cpu().numpy() == k].mean() for k, c in enumerate(data.classes)}
-    told = {
-        "metric": args.metric,
-        "data": data.fingerprint,
-        "label_noise": [args.label_noise, args.seed if args.label_noise else 0],
-        "sha256_of_scores": common.fingerprint(scores),
-        "networks": args.networks,
-        "score_step": args.score_step,
-        "made_with": common.scores_settings(args),
-        "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
-        "mean_by_class": {c: float(v) for c, v in by_class.items()},
-    }
-    common.write(run.folder / "scores.npy", lambda f: np.save(f, scores))
-    common.write_json(run.folder / "scores.json", told)
+    told = {k: getattr(args, k) for k in ("metric", "networks", "score_step")}
+    told["made_with"] = common.scores_settings(args)
+    common.write_scores(run.folder, scores, labels, args, data, **told)
     run.finish({"scores": "scores.npy", "seconds": run.seconds})
 
 
@@ -127,9 +116,7 @@ def main(args: argparse.Namespace) -> dict:
             run_networks(args, data, run)
         told = common.read_json(path.with_suffix(".json"), "metric")
     order = " ".join(told["classes_from_easy_to_hard"])
-    print(
-        f"{told['metric']} of {data.name}, {told['networks']} networks; from easy to hard: {order}"
-    )
+    print(f"{args.metric} of {data.name}, {args.networks} networks; from easy to hard: {order}")
     print(path)
     return told
 

@@ -26,7 +26,8 @@ import common
 
 def flags() -> common.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset", "rewind")
-    parser.add_argument("--levels", type=common.whole, help="of pruning [the preset's]")
+    told = "of pruning [the preset's]"
+    parser.add_argument("--levels", type=common.number(int, 0, 10**4), help=told)
     kind, told = common.number(float, 0, 0.99, open_low=True), "of live weights, per level [0.2]"
     parser.add_argument("--prune-fraction", type=kind, default=0.2, help=told)
     told = "w_tr: a pretrained.pt, or a folder with rep<k>/pretrained.pt"
@@ -92,9 +93,9 @@ def train_level(
             "seconds": run.seconds,
             "steps_per_second": (args.steps - args.rewind) / run.seconds,
         }
+        run.log(phase, args.steps, **told)  # before the file that makes the level done
         mask = {"mask": networks.mask[r].cpu().clone(), "projected_error": errors[r].cpu().clone()}
         run.save(f"{phase}.pt", {**mask, **networks.snapshot(r), "numbers": told})
-        run.log(phase, args.steps, **told)
 
 
 def finished(run: common.Run, levels: int) -> bool:
@@ -103,10 +104,9 @@ def finished(run: common.Run, levels: int) -> bool:
 
 def conclude(run: common.Run, levels: int) -> None:
     """result.json from the files of the levels."""
-    start = run.load("pretrained.pt")
-    told = {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
     done = [run.load(f"level{k:02d}.pt") for k in range(levels + 1) if run.has(f"level{k:02d}.pt")]
-    run.finish({"pretrain": told, "levels": [d["numbers"] for d in done], "ended": run.ended})
+    numbers = [d["numbers"] for d in done]
+    run.finish({"pretrain": run.pretraining(), "levels": numbers, "ended": run.ended})
 
 
 def table(results: list[dict]) -> str:
@@ -127,8 +127,9 @@ def table(results: list[dict]) -> str:
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Searches, prints the table and the paths; returns the results, one per replicate."""
-    if args.init and (args.subset or args.size):
-        raise common.UserError("--init brings its own pre-training: leave out --subset and --size")
+    if args.init and (args.subset or args.size or args.label_noise):
+        told = "leave out --subset, --size and --label-noise"
+        raise common.UserError(f"--init brings its own pre-training: {told}")
     asked = args.rewind
     args.rewind = 0 if args.init else args.rewind
     data = common.prepare(args)

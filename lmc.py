@@ -142,9 +142,8 @@ def measure(
 
 def conclude(args: argparse.Namespace, data: common.Data, run: common.Run) -> None:
     """Measures the children of a run: its arrays and its result.json."""
-    start, children = run.load("pretrained.pt"), None if run.ended else run.load("children.pt")
-    told = {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
-    told = {"pretrain": told, "batchnorm": args.batchnorm}
+    children = None if run.ended else run.load("children.pt")
+    told = {"pretrain": run.pretraining(), "batchnorm": args.batchnorm}
     if children and max(children["diverged"]) >= 0:
         c = next(c for c, step in enumerate(children["diverged"]) if step >= 0)
         step = children["diverged"][c]
@@ -204,24 +203,12 @@ def save_scores(args: argparse.Namespace, data: common.Data, runs: list[common.R
     """LMC scores (Definition C.1): scores.npy and scores.json beside the folders of the runs."""
     folder = runs[0].folder.parent
     scores = np.mean([arrays(run)[0] for run in runs], 0, dtype=np.float64).astype(np.float32)
-    labels = data.train_labels.cpu().numpy()
-    by_class = {c: scores[labels == k].mean() for k, c in enumerate(data.classes)}
-    told = {
-        "metric": "lmc",
-        "data": data.fingerprint,
-        "label_noise": [args.label_noise, args.seed if args.label_noise else 0],
-        "sha256_of_scores": common.fingerprint(scores),
-        "replicates": [run.replicate for run in runs],
-        "children": args.children,
-        "rewind": args.rewind,
-        "alphas": args.alphas,
-        "batchnorm": args.batchnorm,
-        "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
-        "mean_by_class": {c: float(v) for c, v in by_class.items()},
-    }
+    told = {k: getattr(args, k) for k in ("children", "rewind", "alphas", "batchnorm")}
+    told |= {"metric": "lmc", "replicates": [run.replicate for run in runs]}
     with common.lock(folder / ".lock", wait=True):  # other replicates may run beside these
-        common.write(folder / "scores.npy", lambda f: np.save(f, scores))
-        common.write_json(folder / "scores.json", told)
+        for left in folder.glob(".scores.*.tmp"):  # by a process that died
+            left.unlink()
+        common.write_scores(folder, scores, data.train_labels, args, data, **told)
 
 
 def spawn(args: argparse.Namespace, data: common.Data, starts: dict[int, dict]) -> list[common.Run]:

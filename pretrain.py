@@ -110,11 +110,9 @@ def main(args: argparse.Namespace) -> list[dict]:
         with common.progress_bar(args, len(todo) * args.rewind) as progress:
             common.pretrain(args, data, todo, progress, track)
         for run in todo:
-            start = run.load("pretrained.pt")
-            for kind, values in start["tracked"].items():
+            for kind, values in run.load("pretrained.pt")["tracked"].items():
                 common.write(run.folder / f"{kind}.npy", lambda f, v=values: np.save(f, v.numpy()))
-            told = {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
-            run.finish({"pretrain": told, "ended": run.ended})
+            run.finish({"pretrain": run.pretraining(), "ended": run.ended})
         results = [run.result for run in runs]
         accuracies = [r["pretrain"]["test_accuracy"] for r in results if not r["ended"]]
         if accuracies:
