@@ -79,7 +79,7 @@ def prepare(args: argparse.Namespace) -> common.Data:
         args.scores = common.scores_path(standard, data)
     if not max(args.warmup):
         args.subset, args.size = "all", None
-    data = common.prepare(args)
+    data = common.prepare(args, data)
     if max(args.warmup) > args.steps:
         raise common.UserError(f"--warmup {max(args.warmup)}: longer than --steps {args.steps}")
     if args.sharpness_every and args.sharpness_sample > len(data.train_labels):
