@@ -74,18 +74,21 @@ def prepare(args: argparse.Namespace) -> common.Data:
     ):
         if getattr(args, key) is None:
             setattr(args, key, values.get(args.preset, other))
-    if args.subset in (None, "easy", "hard") and not args.scores and max(args.warmup):
-        common.read_scores(standard, data)  # makes them if need be
-        args.scores = common.scores_path(standard, data)
     if not max(args.warmup):
         args.subset, args.size = "all", None
-    data = common.prepare(args, data)
-    if max(args.warmup) > args.steps:
-        raise common.UserError(f"--warmup {max(args.warmup)}: longer than --steps {args.steps}")
+    # A subset without scores first, to refuse what cannot work before any are made.
+    tried = {"subset": "all" if args.subset == "all" else "random"}
+    tried = argparse.Namespace(**{**vars(args), **tried})
+    common.prepare(tried, data)
+    if max(args.warmup) > tried.steps:
+        raise common.UserError(f"--warmup {max(args.warmup)}: longer than --steps {tried.steps}")
     if args.sharpness_every and args.sharpness_sample > len(data.train_labels):
         told = f"{data.name} has {len(data.train_labels)} training images"
         raise common.UserError(f"--sharpness-sample {args.sharpness_sample}: {told}")
-    return data
+    if args.subset in (None, "easy", "hard") and not args.scores:
+        common.read_scores(standard, data)  # makes them if need be
+        args.scores = common.scores_path(standard, data)
+    return common.prepare(args, data)
 
 
 # ---- sharpness -----------------------------------------------------------------------------------

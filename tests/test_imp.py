@@ -8,7 +8,6 @@ import time
 from fractions import Fraction
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
@@ -182,81 +181,6 @@ def test_a_level_that_diverges_says_step_and_rate(stage, tmp_path):
         stage("imp", *TINY, "--levels", 1, "--lr", 1e6)
     [path] = tmp_path.rglob("result.json")
     assert common.read_json(path)["levels"] == []
-
-
-# ---- mistakes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        (["--dataset", "mnist"], "--dataset mnist: neither digits, .* nor a folder"),
-        (["--preset", "mnist"], "--preset mnist: not one of digits"),
-        (["--subset", "easiest"], "argument --subset: invalid choice: 'easiest'"),
-        (["--size", "5000"], "--size 5000: digits has 1437 training images"),
-        (["--size", "0"], "argument --size: '0' is not a whole number at least 1"),
-        (["--size", "-3"], "argument --size: '-3' is not"),
-        (["--size", "63"], "--size 63: smaller than a batch"),
-        (["--size", "1400", "--offset", "38"], "--size 1400 from --offset 38: digits has"),
-        (["--subset", "all", "--size", "64"], "--size goes with --subset random, easy or hard"),
-        (["--subset", "random", "--offset", "5"], "--offset goes with --subset easy or hard"),
-        (["--rewind", "600"], r"--rewind 600: not before the end of training \(--steps 600\)"),
-        (["--rewind", "-1"], "argument --rewind: '-1' is not a whole number"),
-        (["--label-noise", "1.5"], "argument --label-noise: '1.5' is not a number at least 0 and"),
-        (["--label-noise", "nan"], "argument --label-noise: 'nan' is not a number"),
-        (["--lr", "0"], "argument --lr: '0' is not a number above 0"),
-        (["--lr", "inf"], "argument --lr: 'inf' is not"),
-        (["--momentum", "2"], "argument --momentum"),
-        (["--depth", "21"], r"--depth 21: a ResNet has 8, 14, 20"),
-        (["--batch-size", "2000"], "--batch-size 2000: digits has 1437"),
-        (["--milestones", "450,300"], "argument --milestones: '450,300' is not an ascending list"),
-        (["--replicate", "2-1"], "argument --replicate: '2-1'"),
-        (["--replicate", "x"], "argument --replicate: 'x'"),
-        (["--replicate", "0-99999999999"], "argument --replicate"),
-        (["--seed", "-1"], "argument --seed"),
-        (["--prune-fraction", "1"], "argument --prune-fraction"),
-        (["--levels", "many"], "argument --levels: 'many' is not a whole number"),
-        (["--device", "cuda:77"], "--device cuda:77: "),
-        (["--device", "abacus"], "--device abacus: "),
-        (["--init", "nothing.pt"], "nothing.pt does not exist"),
-        (["--scores", "nothing.npy"], "--scores nothing.npy: .*No such file"),
-        (["--flag-that-is-not"], "unrecognized arguments: --flag-that-is-not"),
-    ],
-)
-def test_mistakes_get_one_clear_line(stage, tmp_path, flags, match):
-    with pytest.raises(UserError, match=match) as e:
-        stage("imp", *flags)
-    assert "\n" not in str(e.value)
-    assert not list(tmp_path.rglob("imp"))  # nothing was begun
-
-
-def test_scores_that_do_not_fit_are_refused(stage, tmp_path):
-    path = tmp_path / "scores.npy"
-
-    def refused(scores, match):
-        np.save(path, scores)
-        with pytest.raises(UserError, match=match):
-            stage("imp", "--subset", "hard", "--scores", path, "--steps", 30, "--rewind", 5)
-
-    good = np.linspace(0, 1, 1437)
-    refused(good[:-1], r"float64 \(1436,\), but digits has 1437 training images")
-    refused(np.where(good == good[7], np.nan, good), r"example 7 has no score \(NaN\)")
-    refused(good > 0.5, "bool")
-    path.write_bytes(b"not an array")
-    with pytest.raises(UserError, match=r"scores\.npy"):
-        stage("imp", "--scores", path)
-    about = {"metric": "el2n", "label_noise": [0.0, 0], "data": "of another data set"}
-    common.write_json(
-        path.with_suffix(".json"), about | {"sha256_of_scores": common.fingerprint(good)}
-    )
-    refused(good, "made from other data than digits")
-    refused(good + 1e-9, "damaged, its checksum")
-
-
-def test_a_folder_that_cannot_be_written_is_named(stage, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*file/results: Not a directory"):
-        stage("imp", out=tmp_path / "file" / "results")
 
 
 # ---- as a program --------------------------------------------------------------------------------
