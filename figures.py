@@ -51,7 +51,7 @@ from scipy import stats
 import common
 
 STAGES = ("imp", "pretrain", "lmc", "warmup")
-PAPER = common.HERE / "paper"
+PAPER, SOURCE = common.HERE / "paper", "Paul et al. 2022"
 SUBSETS = ("all", "easy", "random", "hard")
 LOOK = {  # colour, line, marker; dark to light, so that they differ in grey too
     "all": ("#000000", "--", "s"),
@@ -361,15 +361,17 @@ def draw(ax: Axes, points: dict[float, Stat], style: dict, label: str) -> None:
     mean, sd = (np.array([getattr(p, k) for p in points.values()]) for k in ("mean", "sd"))
     every = max(1, len(x) // 20)
     ax.plot(x, mean, ms=3.5, markevery=every, label=label, zorder=3, **style)
+    if len(x) == 1:  # a band has no width
+        ax.errorbar(x, mean, sd, color=style["color"], lw=0.8, capsize=2)
     ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
 
 
 def draw_paper(ax: Axes, points: dict[float, Stat], style: dict) -> None:
     """A curve of the paper: thin, behind, no markers; the first of a panel is in the legend."""
-    label = None if "paper" in ax.get_legend_handles_labels()[1] else "paper"
+    label = None if SOURCE in ax.get_legend_handles_labels()[1] else SOURCE
     style, y = {**style, "marker": None}, [p.mean for p in points.values()]
     if points:
-        ax.plot([*points], y, lw=0.6, alpha=0.8, zorder=1, label=label, **style)
+        ax.plot([*points], y, lw=0.8, alpha=0.8, zorder=1, label=label, **style)
 
 
 def outline(ax: Axes, values: list[np.ndarray], edges: np.ndarray, style: dict, label: str) -> None:
@@ -398,14 +400,16 @@ def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", legend: bool = T
 
 def draw_levels(ax: Axes, curves: list[Curve], paper: dict, dense: Stat | None, title: str) -> None:
     """Accuracy against weights remaining, as in Figure 2."""
+    remaining: dict[int, float] = {}
     for c in curves:
         if theirs := paper.get(c.key):
             points = {theirs.remaining[k]: p for k, p in theirs.points.items()}
             draw_paper(ax, points, look(c, curves))
+            remaining |= theirs.remaining
+        remaining |= c.remaining
         draw(ax, {c.remaining[k]: p for k, p in c.points.items()}, look(c, curves), c.legend)
     if dense:
         ax.axhline(dense.mean, color="0.5", lw=0.8, ls=(0, (1, 2)), zorder=0, label="dense")
-    remaining = {k: v for c in curves for k, v in c.remaining.items()}
     chosen = [remaining[k] for k in sorted(remaining)[:: max(1, -(-len(remaining) // 8))]]
     ax.set_xscale("log")
     ax.set_xticks(chosen, [f"{100 * v:.3g}" for v in chosen])
@@ -565,7 +569,7 @@ def fig5(r: Results) -> Pictures:
                 outline(left, pairs, edges, look(c, shown), c.legend)
             what = "all data" if c.subset == "all" else f"{c.subset} {c.size}"
             if counts := binned.get(f"{what}, {c.rewind} it"):
-                style = {"color": look(c, shown)["color"], "lw": 0.5, "label": "paper"}
+                style = {"color": look(c, shown)["color"], "lw": 0.5, "label": SOURCE}
                 left.stairs(np.array(counts) / sum(counts), edges, **style)
         left.set_yscale("log")
         finish(left, "loss barrier of a training example", "share", "outliers in the last bins")
@@ -607,7 +611,7 @@ def fig6(r: Results) -> Pictures:
         lengths = {c.rewind for c in curves}
         typical = 1600 if 1600 in lengths else max(lengths)
         sizes = sorted({c.size for c in curves if c.subset != "all"}) or [0]
-        figure, axes = panels(2 * len(sizes), len(sizes))
+        figure, axes = panels(2 * len(sizes), max(2, len(sizes)))
         for size, top, bottom in zip(sizes, axes, axes[len(sizes) :], strict=False):
             for subset in SUBSETS:
                 style = look(Curve(subset, 0, 0, 0, "el2n", {}, {}))

@@ -180,7 +180,8 @@ grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there t
         for t in 100 200 400 600 800 1200 1600 2400 3200; do
             R=0-7 warmup fig6 all - $t 7840
             for m in 5120 10240 25600; do
-                for s in easy random hard; do R=0-7 warmup fig6 $s $m $t 7840; done
+                R=0-7 balance=1 warmup fig6 easy $m $t 7840 # as the authors' code has it
+                for s in random hard; do R=0-7 warmup fig6 $s $m $t 7840; done
             done
         done
         ;;
@@ -370,7 +371,7 @@ reap() {
         ! kill -0 "$p" 2>/dev/null || continue
         i=${running[$p]}
         if wait "$p"; then state[i]='done'; else state[i]=failed; fi
-        say "${state[i]}  $(name_of "$i")"
+        say "${state[i]}  $(name_of "$i")  ($((++settled)) of $todo)"
         unset "running[$p]" "slot_of[$p]"
     done
 }
@@ -384,7 +385,7 @@ stop() { # STATUS: every child saves itself and ends
 }
 
 run_here() {
-    local i before=0 todo=0 bad=0
+    local i before=0 todo=0 settled=0 bad=0
     for i in "${!task[@]}"; do if [[ ${state[i]} = todo ]]; then ((++todo)); else ((++before)); fi; done
     say "$todo runs to do, $before finished before; logs in $out/logs"
     trap 'stop 130' INT

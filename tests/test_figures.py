@@ -137,7 +137,7 @@ def test_pictures_and_tables_of_real_runs(results, capsys):
         assert path.read_bytes().startswith(head)
     drawn = (results / "figures/fig2-digits-resnet8.svg").read_text()
     assert "random 256, step 20 (n=2)" in drawn and "all, step 0 (n=2)" in drawn
-    assert "paper" not in drawn  # which has no digits
+    assert "Paul et al." not in drawn  # which has no digits
     assert str(results / "figures/fig2-digits-resnet8.png") in told.out
     assert "run_all.sh --only fig6 --dataset digits" in told.err
     assert "imp.py --dataset digits --subset easy --rewind 20 --size 256" in told.err or (
@@ -160,7 +160,7 @@ def test_pictures_and_tables_of_real_runs(results, capsys):
 def test_the_paper_stands_behind(results):
     """--paper puts CIFAR-10's curve of the same key behind, and compares: level 0 from step 0."""
     call("--out", results, "--paper", "cifar10")
-    assert ">paper<" in (results / "figures/fig2-digits-resnet8.svg").read_text()
+    assert "Paul et al. 2022" in (results / "figures/fig2-digits-resnet8.svg").read_text()
     with open(results / "figures/imp-digits-resnet8.csv", newline="") as f:
         row = next(x for x in csv.DictReader(f) if x["configuration"].startswith("all"))
     assert row["paper"] == "0.91535" and row["paper_n"] == "4"
