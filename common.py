@@ -1726,8 +1726,9 @@ def subset_name(args: argparse.Namespace) -> str:
     about = Path(args.scores).with_suffix(".json") if args.scores else None
     if args.subset == "random" or about is None:
         return name
-    metric = read_json(about)["metric"] if about.exists() else Path(args.scores).stem
-    return name + ("" if metric == "el2n" else f"-{metric}")
+    told = read_json(about, "metric") if about.exists() else {"metric": Path(args.scores).stem}
+    by = f"-{told['metric']}{told.get('rewind', '')}"  # lmc800: children spawned at step 800
+    return name + ("" if by == "-el2n" else by)
 
 
 def settings_of(args: argparse.Namespace, data: Data, *more: str) -> dict:

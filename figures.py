@@ -185,7 +185,7 @@ def read_metrics(out: Path) -> dict[str, dict]:
 def metric_of(run: Run, metrics: dict[str, dict]) -> str:
     """By what a subset was chosen: "el2n" for the usual way, and whatever is unusual."""
     s = run.settings
-    if run.name.startswith("init-"):
+    if s.get("init"):
         return run.name.split("-rewind")[0]
     about = metrics.get(s.get("scores")) if s["subset"] in ("easy", "hard") else None
     metric = about["metric"] if about else "el2n"

@@ -138,6 +138,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         starts[k] = common.read_start("--init", args.init, args, data, k, asked)
     keys = ("subset", "label_noise", "rewind", "pretrain_lr", "prune_fraction")
     settings = common.settings_of(args, data, *keys)
+    settings["init"] = args.init.stem if args.init else None
     origin = f"init-{args.init.stem}" if args.init else common.subset_name(args)
     name = common.run_name(args, origin, f"rewind{args.rewind}")
     with common.open_runs(args, data, "imp", name, settings) as runs:
