@@ -221,7 +221,7 @@ def test_scores_are_means_over_replicates_and_imp_takes_them(done):
     line = f"--subset easy --scores {path} --rewind 10 --levels 0"
     imp.main(parse(out, line, imp))
     assert (
-        out / "imp/digits-resnet8x4/easy128-lmc-rewind10-steps30-drops20/rep0/result.json"
+        out / "imp/digits-resnet8x4/easy128-lmc10-rewind10-steps30-drops20/rep0/result.json"
     ).exists()
 
 
