@@ -25,6 +25,7 @@ out), so that a network's barrier with itself is 0 either way.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
@@ -184,8 +185,8 @@ def conclude(args: argparse.Namespace, data: common.Data, run: common.Run) -> No
 def arrays(run: common.Run) -> list[np.ndarray]:
     """The arrays of a finished run, in the order of ARRAYS; empty if one is missing or damaged."""
     try:
-        found = [np.load(run.folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS]
-    except (OSError, ValueError, EOFError):
+        found = [common.read_npy(run.folder / f"{name}.npy") for name in ARRAYS]
+    except common.UserError:
         return []
     return found if common.fingerprint(*found) == run.result["sha256_of_arrays"] else []
 
@@ -205,6 +206,12 @@ def save_scores(args: argparse.Namespace, data: common.Data, runs: list[common.R
     scores = np.mean([arrays(run)[0] for run in runs], 0, dtype=np.float64).astype(np.float32)
     told = {k: getattr(args, k) for k in ("children", "rewind", "alphas", "batchnorm")}
     told |= {"metric": "lmc", "replicates": [run.replicate for run in runs]}
+    with contextlib.suppress(common.UserError):  # none there, or damaged
+        there = common.read_json(folder / "scores.json", "sha256_of_scores", *told)
+        found = common.fingerprint(common.read_npy(folder / "scores.npy"))
+        same = found == common.fingerprint(scores) == there["sha256_of_scores"]
+        if same and all(there[k] == v for k, v in told.items()):
+            return
     with common.lock(folder / ".lock", wait=True):  # other replicates may run beside these
         for left in folder.glob(".scores.*.tmp"):  # by a process that died
             left.unlink()

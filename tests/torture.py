@@ -3,7 +3,7 @@
     python tests/torture.py                      200 kills and all the rest, minutes on two cores
     python tests/torture.py --kills 2000         more of them
     python tests/torture.py --hours 8            kills until then
-    python tests/torture.py --only disk,crowd    parts of it: kills, signals, disk, crowd
+    python tests/torture.py --only disk,crowd    parts of it: kills, signals, disk, crowd, long
     python tests/torture.py --short              a few of each, in under a minute (in the tests)
 
 Every stage runs on the embedded digits with networks of a few channels, a checkpoint after every 16
@@ -405,7 +405,7 @@ def remount(place: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
 
 
-def crowd(place: Path, draw: random.Random) -> str:
+def crowd(place: Path) -> str:
     """Twenty processes on one results folder, one set of scores and one cache of decoded images;
     two on one run; a decoder killed with its workers at work."""
     from PIL import Image
@@ -469,9 +469,51 @@ def slow_decoding() -> None:
     common.decode_image = slowly
 
 
+def long_life(place: Path, short: bool) -> str:
+    """Memory, open files and the log over many steps with checkpoints, and over many levels."""
+    steps, levels, told = (800, 16, []) if short else (10_000, 200, [])
+    small = "--width 2 --batch-size 16 --milestones 4"
+    pretrain = f"pretrain --subset random --size 16 --rewind {steps} --steps {steps + 1} {small}"
+    prune = f"imp --rewind 0 --steps 6 --levels {levels} --prune-fraction 0.01 {small}"
+    for name, flags in {
+        f"{steps} steps": f"{pretrain} --track gradient-norm --every {steps // 4}",
+        f"{levels} levels": prune,
+    }.items():
+        log, samples = place / "long.log", place / "samples"
+        samples.unlink(missing_ok=True)
+        out, data = place / "long", ROOT / "data"
+        shared = ("--out", str(out), "--data-dir", str(data), "--device", "cpu", "--quiet")
+        words = [*flags.split(), *shared, "--checkpoint-every", "0"]
+        if status := wait(start(words, log, lambda x=samples: sample(x)), 1800, log):
+            raise Failed(f"{name}: status {status}:\n{log.read_text()}")
+        rows = [tuple(map(int, line.split())) for line in samples.read_text().splitlines()]
+        part = len(rows) // 4
+        early, late = (max(r[0] for r in part) for part in (rows[part : 2 * part], rows[-part:]))
+        files = {max(r[1] for r in part) for part in (rows[part : 2 * part], rows[-part:])}
+        if late > early + 8 or len(files) > 1:
+            raise Failed(f"{name}: {early} MiB, then {late}; open files {files}")
+        [lines] = [len(p.read_text().splitlines()) for p in out.rglob("log.csv")]
+        told.append(f"{name}: {early} MiB, then {late}, {max(files)} open files, {lines} log lines")
+        shutil.rmtree(out)
+    return "; ".join(told)
+
+
+def sample(path: Path) -> None:
+    """At every file that this process writes, its memory (MiB) and open files go to `path`."""
+    write, page = common.write, os.sysconf("SC_PAGE_SIZE")
+
+    def write_and_tell(*args) -> None:
+        write(*args)
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page >> 20
+        with open(path, "a") as f:
+            f.write(f"{resident} {len(os.listdir('/proc/self/fd'))}\n")
+
+    common.write = write_and_tell
+
+
 # ---- command line --------------------------------------------------------------------------------
 
-PARTS = ("kills", "signals", "disk", "crowd")
+PARTS = ("kills", "signals", "disk", "crowd", "long")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -502,9 +544,8 @@ def main() -> int:
     began, failed = time.monotonic(), 0
     until = None if args.hours is None else began + 3600 * args.hours
     try:
-        cases = (
-            [Case(name, place) for name in args.cases.split(",")] if args.only != "crowd" else []
-        )
+        needed = {"kills", "signals", "disk"} & {*args.only.split(",")}
+        cases = [Case(name, place) for name in args.cases.split(",") if needed]
         for part in args.only.split(","):
             try:
                 if part == "kills":
@@ -513,8 +554,10 @@ def main() -> int:
                     told = signals(cases, draw, 6 if args.short else 60)
                 elif part == "disk":
                     told = disk(cases[:2] if args.short else cases, draw, args.short)
+                elif part == "crowd":
+                    told = crowd(place)
                 else:
-                    told = crowd(place, draw)
+                    told = long_life(place, args.short)
             except Failed as e:
                 failed, told = failed + 1, f"FAILED: {e}"
             print(f"{part}: {told}", flush=True)

@@ -1,0 +1,471 @@
+"""What a run reads back, damaged, swapped, of another version or held by another; a row that goes
+wrong; and the short form of torture.py."""
+
+import csv
+import errno
+import fcntl
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_common import tiny_training
+from torture import first_difference, state_of
+
+import common
+from common import UserError
+
+ROOT = common.HERE
+SMALL = ("--width", 4, "--batch-size", 32, "--steps", 16, "--milestones", 12)
+IMP = ("imp", "--subset", "random", "--size", 32, "--rewind", 4, "--levels", 2, *SMALL)
+RUNS = {
+    "imp": (*IMP, "--replicate", "0-1"),
+    "lmc": ("lmc", *IMP[1:7], "--children", 2, "--replicate", "0-1", *SMALL),
+    "warmup": ("warmup", *IMP[1:5], "--warmup", 4, "--sharpness-every", 0, *SMALL),
+    "el2n": ("el2n", "--networks", 2, "--score-step", 4, *SMALL),
+}
+
+
+# ---- kills, signals, full disks, crowds ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torture():
+    """The lines of `torture.py --short`, by part."""
+    words = [sys.executable, "tests/torture.py", "--short", "--cases", "imp,el2n"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = re.split(r"^(?=\w+: )", done.stdout, flags=re.M)
+    return {line.split(":")[0]: line for line in lines if ":" in line}
+
+
+@pytest.mark.parametrize("part", ["kills", "signals", "disk", "crowd", "long"])
+def test_a_disturbed_run_ends_as_an_undisturbed_one(torture, part):
+    assert part in torture and "FAILED" not in torture[part], torture
+    if "not allowed" in torture[part]:
+        pytest.skip(torture[part])
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Finished runs of the stages, to be copied and damaged, and what they hold."""
+    out = tmp_path_factory.mktemp("done")
+    for flags in RUNS.values():
+        call(flags, out)
+    return out, state_of(out)
+
+
+def call(flags, out):
+    module = __import__(flags[0])
+    words = ("--out", out, "--data-dir", ROOT / "data", "--quiet", "--device", "cpu")
+    return module.main(module.flags().parse_args([str(f) for f in (*flags[1:], *words)]))
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "results")
+    return tmp_path / "results"
+
+
+def cut(path: Path, content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(path: Path, content: bytes) -> bytes:
+    place = len(content) // 3
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+def empty(path: Path, content: bytes) -> bytes:
+    return b""
+
+
+def instead(name: str):
+    """The file `name` beside it, or of another run, is copied over it."""
+
+    def swap(path: Path, content: bytes) -> bytes:
+        return (path.parent / name).read_bytes()
+
+    return swap
+
+
+REBUILT = {
+    "imp/*/*/rep0/result.json": ("imp", "../rep1/result.json", "config.json"),
+    "imp/*/*/rep0/pretrained.pt": ("imp", "../rep1/pretrained.pt", "level00.pt"),
+    "imp/*/*/rep0/level00.pt": ("imp", "../rep1/level00.pt", "level02.pt"),
+    "imp/*/*/rep0/level01.pt": ("imp", "../rep1/level01.pt", "level02.pt"),
+    "imp/*/*/rep0/level02.pt": ("imp", "../rep1/level02.pt", "level01.pt"),
+    "lmc/*/*/rep1/result.json": ("lmc", "../rep0/result.json", "config.json"),
+    "lmc/*/*/rep1/pretrained.pt": ("lmc", "../rep0/pretrained.pt", "children.pt"),
+    "lmc/*/*/rep1/children.pt": ("lmc", "../rep0/children.pt", "pretrained.pt"),
+    "lmc/*/*/rep1/loss_barrier.npy": ("lmc", "../rep0/loss_barrier.npy", "result.json"),
+    "lmc/*/*/scores.npy": ("lmc", "rep0/loss_barrier.npy", "scores.json"),
+    "lmc/*/*/scores.json": ("lmc", "rep0/result.json", "scores.npy"),
+    "warmup/*/*/rep0/result.json": ("warmup", "config.json", "warm.pt"),
+    "warmup/*/*/rep0/warm.pt": ("warmup", "result.json", "config.json"),
+    "el2n/*/*/result.json": ("el2n", "scores.json", "config.json"),
+}
+DAMAGES = [
+    (pattern, stage, damage)
+    for pattern, (stage, *others) in REBUILT.items()
+    for damage in (cut, flip, empty, *map(instead, others))
+]
+
+
+@pytest.mark.parametrize(("pattern", "stage", "damage"), DAMAGES)
+def test_damage_is_noticed_and_made_good(done, copied, capsys, pattern, stage, damage):
+    [path] = copied.glob(pattern)
+    path.write_bytes(damage(path, path.read_bytes()))
+    if path.suffix == ".pt":  # else the result is there and nothing needs the file
+        path.with_name("result.json").unlink()
+    call(RUNS[stage], copied)
+    if path.suffix != ".npy" and "scores" not in path.name:
+        assert re.search(f"{path.name} .*: left aside", capsys.readouterr().err)
+    after = state_of(copied)
+    assert after == done[1], first_difference(done[1], after)
+
+
+@pytest.mark.parametrize("stage", RUNS)
+@pytest.mark.parametrize("damage", [cut, flip, empty, instead("result.json")])
+def test_a_damaged_config_is_refused_by_name_and_nothing_touched(copied, stage, damage):
+    for path in copied.glob(f"{stage}/*/*/**/config.json"):
+        path.write_bytes(damage(path, path.read_bytes()))
+    before = {p: p.read_bytes() for p in copied.rglob("*.*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(UserError, match=r"config\.json .*: --fresh starts the run over"):
+        call(RUNS[stage], copied)
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_the_config_of_another_replicate_is_refused(copied):
+    [path] = copied.glob("imp/*/*/rep0/config.json")
+    path.write_bytes((path.parent.parent / "rep1/config.json").read_bytes())
+    with pytest.raises(UserError, match="other settings \\(replicate 1, now 0\\)"):
+        call(RUNS["imp"], copied)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4])
+def test_a_fresh_start_that_is_killed_mixes_nothing(copied, monkeypatch, killed_after):
+    """--fresh with another rate, stopped between two of the files it removes."""
+    unlink, count = Path.unlink, itertools.count(1)
+
+    def dying(path, missing_ok=False):
+        if path.suffix in (".pt", ".json", ".csv") and next(count) > killed_after:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    flags = (*IMP, "--lr", 0.05)
+    whole = call(flags, copied / "whole")
+    [folder] = copied.glob("imp/*/*/")
+    other = folder.with_name("random32-rewind4-steps16-drops12-batch32-lr0.05")
+    shutil.copytree(folder, other)  # as if made with the settings of today's name
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            call((*flags, "--fresh"), copied)
+    with pytest.raises(UserError, match=r"other settings \(lr 0.1, now 0.05\)"):
+        call(flags, copied)
+    [result] = call((*flags, "--fresh"), copied)
+    assert [x["train_loss"] for x in result["levels"]] == [
+        x["train_loss"] for x in whole[0]["levels"]
+    ]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, "swapped", "both"])
+def test_checkpoints_are_of_their_run_and_step(done, tmp_path, monkeypatch, capsys, damage):
+    """A run stopped in level 1, then one or both of its checkpoints damaged or another run's."""
+    out, train = tmp_path / "results", common.train
+    levels = itertools.count()
+
+    def stopping(t, *start):
+        level = next(levels)
+        for k, step in enumerate(train(t, *start)):
+            if level == 2 and k == 1:
+                common.signals.number = 15
+            yield step
+
+    flags = (*RUNS["imp"], "--checkpoint-every", 0)
+    with monkeypatch.context() as m:
+        m.setattr(common, "train", lambda t, *s: stopping_steps(t, stopping, *s))
+        with pytest.raises(SystemExit):
+            call(flags, out)
+    common.signals.number = 0
+    rep0, rep1 = sorted(out.glob("imp/*/*/rep?"))
+    assert (rep0 / "checkpoint.pt").exists() and (rep0 / "checkpoint-before.pt").exists()
+    names = ("checkpoint.pt", "checkpoint-before.pt") if damage == "both" else ("checkpoint.pt",)
+    for name in names:
+        if damage in ("swapped", "both"):
+            shutil.copy(rep1 / "checkpoint.pt", rep0 / name)
+        else:
+            (rep0 / name).write_bytes(damage(rep0 / name, (rep0 / name).read_bytes()))
+    call(flags, out)
+    assert "left aside" in capsys.readouterr().err
+    after = state_of(out)
+    expected = {k: v for k, v in done[1].items() if k.startswith("imp/")}
+    assert after == expected, first_difference(expected, after)
+
+
+def stopping_steps(t, stopping, *start):
+    """Reports at every fourth step, so that a level of 12 steps has several checkpoints."""
+    at, t.at = t.at, frozenset(range(t.start, t.stop, 4)) | t.at
+    yield from stopping(t, *start)
+    t.at = at
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """EL2N scores where imp.py looks for them, and others of another seed."""
+    out = tmp_path_factory.mktemp("scored")
+    flags = ("--width", 4, "--batch-size", 64)
+    call(("el2n", *flags), out)
+    call(("el2n", *flags, "--seed", 1), out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "scores.json"])
+@pytest.mark.parametrize("damage", [cut, flip, empty, instead("config.json"), "both"])
+def test_damaged_scores_are_refused_by_name(scored, tmp_path, name, damage):
+    out = tmp_path / "results"
+    shutil.copytree(scored, out)
+    first, second = sorted(out.glob("el2n/*/*"))
+    if damage == "both":  # a pair that fits together, of another run
+        match = r"scores\.npy: those of other settings"
+        for n in ("scores.npy", "scores.json"):
+            shutil.copy(second / n, first / n)
+    else:
+        match = rf"--scores .*{re.escape(name)}.*el2n\.py --fresh|scores\.npy.*el2n\.py --fresh"
+        (first / name).write_bytes(damage(first / name, (first / name).read_bytes()))
+    with pytest.raises(UserError, match=match):
+        call(("imp", "--width", 4, "--levels", 0), out)
+    assert not (out / "imp").exists()
+
+
+def test_a_cache_of_other_images_is_not_taken(tmp_path, image_folder, capsys):
+    """Two folders whose arrays have the same shapes; the cache of one copied over the other's."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    a, b = image_folder(tmp_path / "a/pictures"), image_folder(tmp_path / "b/pictures")
+    (b / "train/cat/0.png").write_bytes((b / "train/dog/0.png").read_bytes())
+    data, cpu = tmp_path / "data", torch.device("cpu")
+    first = common.load_data(str(a), data, cpu, quiet=True)
+    [cache] = data.glob("*.npz")
+    content = cache.read_bytes()
+    other = common.load_data(str(b), data, cpu, quiet=True)
+    assert other.fingerprint != first.fingerprint
+    for path in data.glob("*.npz"):
+        path.write_bytes(content)
+    assert common.load_data(str(b), data, cpu, quiet=True).fingerprint == other.fingerprint
+    assert "is of other images: decoding again" in capsys.readouterr().err
+
+
+def test_digits_that_are_not_the_projects_are_refused(tmp_path):
+    with np.load(ROOT / "data/digits.npz") as f:
+        images, labels = f["images"], f["labels"].copy()
+    labels[3] ^= 1
+    np.savez(tmp_path / "digits.npz", images=images, labels=labels)
+    with pytest.raises(UserError, match=r"digits\.npz is not the project's"):
+        common.load_data("digits", tmp_path, torch.device("cpu"))
+
+
+# ---- what is never executed or written elsewhere -------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["unpacked", "archive"])
+@pytest.mark.parametrize(
+    ("name", "folder", "archive"),
+    [
+        ("cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python", "cifar-100-python.tar.gz"),
+    ],
+)
+def test_pickles_of_cifar_are_checked_before_they_are_opened(
+    tmp_path, monkeypatch, form, name, folder, archive
+):
+    """Hostile files under the names that torchvision unpickles, in a folder or in an archive that
+    also holds a name outside the folder."""
+    import pickle
+    import urllib.request
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    def refuse(*a, **k):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    data, planted = tmp_path / "data", tmp_path / "planted" / folder
+    planted.mkdir(parents=True)
+    names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]
+    for n in (*names, "train", "test", "meta"):
+        (planted / n).write_bytes(pickle.dumps(Hostile()))
+    data.mkdir()
+    if form == "unpacked":
+        shutil.copytree(planted, data / folder)
+    else:
+        with tarfile.open(data / archive, "w:gz") as tar:
+            tar.add(planted, folder)
+            tar.add(planted / "train", "../escaped")
+    with pytest.raises(UserError, match=f"cannot get {name} .*put {archive}"):
+        common.load_data(name, data, torch.device("cpu"), quiet=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "planted"}
+
+
+# ---- locks ---------------------------------------------------------------------------------------
+
+
+def test_the_second_process_is_told_who_holds_a_folder(tmp_path):
+    with (
+        common.lock(tmp_path / ".lock"),
+        pytest.raises(
+            UserError,
+            match=rf"{tmp_path} is in use by process {os.getpid()} on \S+ since 20\d\d-\d\d-\d\d ",
+        ),
+        common.lock(tmp_path / ".lock"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("left", [b"process 1 on another-host since 2020-01-01", b"\xff\x00", b""])
+def test_a_lock_that_a_crash_left_is_taken_over(tmp_path, left):
+    (tmp_path / ".lock").write_bytes(left)
+    with common.lock(tmp_path / ".lock"):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_file_systems_without_locks_are_told_of_and_used(tmp_path, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with common.lock(tmp_path / ".lock"):
+        pass
+    assert "no locks (No locks available); make sure that one process" in capsys.readouterr().err
+
+
+def test_a_data_folder_to_read_from_needs_no_lock(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(common, "open", refuse, raising=False)
+    monkeypatch.setattr(os, "access", lambda *a: False)
+    with common.lock(tmp_path / ".cifar10.lock", wait=True):
+        pass
+    monkeypatch.setattr(os, "access", lambda *a: True)
+    with pytest.raises(OSError, match="Read-only"), common.lock(tmp_path / ".lock", wait=True):
+        pass
+
+
+# ---- numbers that are none -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("step", "told"), [(3, 4), (11, 12)])
+def test_a_row_that_goes_wrong_stops_alone(tmp_path, bad, step, told):
+    """A gradient of row 0 spoiled in one step, also in the last, after which no loss is taken."""
+
+    def spoil(networks, now, indices, logits):
+        if now.item() == step and networks.rows == 2:
+            networks.gradient[0, 7] = bad
+
+    rows = []
+    for replicates in ((0, 1), (1,)):
+        t = tiny_training(replicates, stop=12, watch=spoil)
+        run = common.Run(tmp_path / str(len(rows)), 0, {"replicate": 0}, {})
+        bar = common.progress_bar(type("A", (), {"quiet": True}), 0)
+        common.fit(t, [run], "level00", bar)
+        run.held.close()
+        rows.append(t.networks)
+    assert rows[0].diverged.tolist() == [told, -1]
+    for field in ("weights", "momentum", "batchnorm"):
+        assert torch.equal(getattr(rows[0], field)[1], getattr(rows[1], field)[0])
+
+
+@pytest.mark.parametrize("flags", [("--rewind", 1), ("--rewind", 3)])
+def test_no_accuracy_of_a_pretraining_that_diverges(tmp_path, flags, monkeypatch):
+    """result.json has no number of it."""
+    fit = common.fit
+
+    def fit_and_spoil(t, runs, phase, *more):
+        if phase == "pretrain":
+            t.networks.weights[0, 0] = math.nan
+        fit(t, runs, phase, *more)
+
+    monkeypatch.setattr(common, "fit", fit_and_spoil)
+    with pytest.raises(UserError, match="pre-training diverged at step 0"):
+        call((*IMP[:5], *flags, "--levels", 1, *SMALL), tmp_path)
+    [path] = tmp_path.rglob("result.json")
+    result = common.read_json(path)
+    assert result["pretrain"]["test_accuracy"] is None and result["levels"] == []
+
+
+# ---- versions, the log ---------------------------------------------------------------------------
+
+
+def test_the_next_version_reads_what_this_one_wrote(done, copied, monkeypatch):
+    monkeypatch.setattr(common, "VERSION", common.VERSION + 1)
+    for path in copied.glob("imp/*/*/rep*/result.json"):
+        path.unlink()
+    results = call(RUNS["imp"], copied)
+    for r, result in enumerate(results):
+        [name] = [k for k in done[1] if re.match(rf"imp/.*/rep{r}/result\.json", k)]
+        assert [x["test_accuracy"] for x in result["levels"]] == [
+            x["test_accuracy"] for x in done[1][name]["levels"]
+        ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "level01.pt", "pretrained.pt"])
+def test_files_of_a_newer_version_are_refused_and_left(copied, monkeypatch, name):
+    [folder] = copied.glob("imp/*/*/rep0")
+    with monkeypatch.context() as m:
+        m.setattr(common, "VERSION", common.VERSION + 1)
+        read, write = (
+            (common.read_json, common.write_json)
+            if name.endswith("json")
+            else (common.read_tensors, common.write_tensors)
+        )
+        value = read(folder / name)
+        value.pop("version", None)
+        write(folder / name, value)
+    if name.endswith(".pt"):
+        (folder / "result.json").unlink()
+    content = (folder / name).read_bytes()
+    told = rf"{re.escape(name)} was written by a newer version of these scripts \(2, this is 1\)"
+    with pytest.raises(UserError, match=told):
+        call(RUNS["imp"], copied)
+    assert (folder / name).read_bytes() == content
+
+
+def test_results_say_where_they_were_made(copied, monkeypatch):
+    """Also where a run is gone on with elsewhere: then both."""
+    here = common.environment
+    monkeypatch.setattr(common, "environment", lambda args: here(args) | {"torch": "99.0"})
+    results = call((*IMP[:-8], "--levels", 3, *SMALL), copied)
+    first, second = results[0]["config"]["environments"]
+    assert first["torch"] == torch.__version__ and second["torch"] == "99.0"
+    assert {"commit", "python", "numpy", "device", "threads", "engine", "csrc"} <= first.keys()
+
+
+def test_the_log_does_not_grow_with_restarts(copied):
+    [log] = copied.glob("imp/*/*/rep0/log.csv")
+    lines = log.read_text().splitlines()
+    for _ in range(3):
+        for name in ("level01.pt", "level02.pt", "result.json"):
+            (log.parent / name).unlink()
+        call(RUNS["imp"], copied)
+    again = list(csv.DictReader(log.open()))
+    assert len(again) == len(lines) - 1 == 3
+    value = json.loads((log.parent / "result.json").read_text())
+    assert [float(r["test_accuracy"]) for r in again] == [
+        x["test_accuracy"] for x in value["levels"]
+    ]
