@@ -135,6 +135,18 @@ def read_table(path: Path) -> list[dict]:
         return list(csv.DictReader(f))
 
 
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log.csv, as they are written; UserError if it is not one, whole."""
+    try:
+        rows = read_table(path)
+        for x in rows:
+            _ = x["phase"].lower(), int(x["step"])
+            _ = [float(v) for k, v in x.items() if k != "phase" and v]
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as e:
+        raise common.UserError(f"{path} is damaged ({common.one_line(e)})") from e
+    return rows
+
+
 def read_run(config: Path) -> Run:
     """The run of a config.json; KeyError, TypeError or ValueError if it is not one of ours."""
     folder = config.parent
@@ -143,7 +155,7 @@ def read_run(config: Path) -> Run:
     value = common.read_json(folder / "result.json" if done else config)
     settings = (value["config"] if done else value)["settings"]
     if not done and stage == "imp":
-        rows = [x for x in read_table(folder / "log.csv") if x["phase"].startswith("level")]
+        rows = [x for x in read_log(folder / "log.csv") if x["phase"].startswith("level")]
         value["levels"] = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in rows]
     for key in ("dataset", "subset", "label_noise", "steps", "replicate"):
         settings[key]
@@ -517,9 +529,9 @@ def fig3(r: Results) -> Pictures:
 def load(path: Path) -> np.ndarray | None:
     """An .npy of a run, or None with a line on stderr."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        print(f"skipped: {path} ({common.one_line(e)})", file=sys.stderr)
+        return common.read_npy(path)
+    except common.UserError as e:
+        print(f"skipped: {e}", file=sys.stderr)
         return None
 
 
@@ -650,7 +662,7 @@ def fig7(r: Results) -> Pictures:
     for name, curves, _ in r.pictures("pretrain"):
         curves = [c for c in curves if c.rewind == max(c.rewind for c in curves)]
         logs = {
-            c.key: [x for run in c.runs for x in read_table(run.folder / "log.csv")] for c in curves
+            c.key: [x for run in c.runs for x in read_log(run.folder / "log.csv")] for c in curves
         }
         there = [k for k in kinds if any(x.get(k) for log in logs.values() for x in log)]
         if not there:

@@ -469,3 +469,16 @@ def test_the_log_does_not_grow_with_restarts(copied):
     assert [float(r["test_accuracy"]) for r in again] == [
         x["test_accuracy"] for x in value["levels"]
     ]
+
+
+@pytest.mark.parametrize(
+    "content", [b"phase", b"phase,step\nlevel00,x\n", b"\xff\xfe\n1", b'a,b\n"' + b"x" * 200_000]
+)
+def test_figures_name_a_damaged_log_and_go_on(copied, capsys, content):
+    import figures
+
+    [folder] = copied.glob("imp/*/*/rep0")
+    (folder / "result.json").unlink()
+    (folder / "log.csv").write_bytes(content + b"\nlevel01,3\n")
+    assert [r.folder.name for r in figures.read_runs(copied) if r.stage == "imp"] == ["rep1"]
+    assert "skipped: " in capsys.readouterr().err
