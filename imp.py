@@ -120,7 +120,7 @@ def table(results: list[dict]) -> str:
         lines.append(
             f"{levels[0]['level']:5}  {levels[0]['weights_remaining']:17.2%}  "
             f"{common.mean_std([x['test_accuracy'] for x in levels]):17}  "
-            f"{sum(of_dense) / len(of_dense):8.1%}  {sum(x['seconds'] for x in levels):7.1f}"
+            f"{sum(of_dense) / len(of_dense):8.1%}  {sum(x['seconds'] for x in levels) / len(levels):7.1f}"
         )
     return "\n".join(lines)
 
