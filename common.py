@@ -340,11 +340,12 @@ CINIC10 = {
 def load_images(name: str, folder: Path, quiet: bool) -> tuple:
     """NAME/{train,valid,test}/CLASS/IMAGE, or CINIC-10's archive of the same layout, decoded once.
 
-    valid/ joins train/. The arrays are kept in `folder` under a name made from the path, size and
+    valid/ joins train/. The arrays are kept in `folder` under a name made from the name, size and
     time of every image, so that changed images are decoded again.
     """
     files = None if name == "cinic10" else list_images(Path(name))
-    stamp = hashlib.sha256(repr(files or CINIC10).encode()).hexdigest()[:12]
+    known = [(f[0], f[1], os.path.basename(f[2]), *f[3:]) for f in files] if files else CINIC10
+    stamp = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
     cache = folder / f"{Path(name).resolve().name}-{stamp}.npz"
     keys = ("train_images", "train_labels", "test_images", "test_labels", "classes")
     with lock(folder / f".{cache.stem}.lock", wait=True):

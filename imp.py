@@ -113,14 +113,12 @@ def table(results: list[dict]) -> str:
     """Level, weights remaining, test accuracy (mean and deviation over replicates), of dense."""
     lines = ["level  weights remaining  test accuracy      of dense  seconds"]
     for levels in zip(*(r["levels"] for r in results), strict=False):
-        of_dense = [
-            x["test_accuracy"] / r["levels"][0]["test_accuracy"]
-            for x, r in zip(levels, results, strict=True)
-        ]
+        accuracy, seconds = ([x[k] for x in levels] for k in ("test_accuracy", "seconds"))
+        dense = [r["levels"][0]["test_accuracy"] for r in results]
+        of_dense = sum(a / d for a, d in zip(accuracy, dense, strict=True)) / len(dense)
         lines.append(
             f"{levels[0]['level']:5}  {levels[0]['weights_remaining']:17.2%}  "
-            f"{common.mean_std([x['test_accuracy'] for x in levels]):17}  "
-            f"{sum(of_dense) / len(of_dense):8.1%}  {sum(x['seconds'] for x in levels) / len(levels):7.1f}"
+            f"{common.mean_std(accuracy):17}  {of_dense:8.1%}  {sum(seconds) / len(seconds):7.1f}"
         )
     return "\n".join(lines)
 
