@@ -27,6 +27,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def philox_key(seed: int, purpose: str, replicate: int = 0, child: int = 0) -> t
     return int(k0), int(k1)
 
 
-def philox(key: Tensor, counter: Tensor) -> Tensor:
+def philox(key: Tensor | tuple[int, int], counter: Tensor) -> Tensor:
     """Philox 4x32-10 (Salmon et al. 2011): key (2,) and counter (..., 4) int64 that hold 32-bit
     words -> (..., 4) int64 random words. The same on every device, and in csrc/math.h."""
     k0, k1 = key[0], key[1]
@@ -468,7 +469,7 @@ def noisy_labels(data: Data, fraction: float, seed: int) -> Tensor:
     labels = data.train_labels.clone()
     if fraction:
         draw = generator(seed, "noise")
-        picked = draw.permutation(len(labels))[: math.ceil(fraction * len(labels))]
+        picked = draw.permutation(len(labels))[: math.ceil(Fraction(str(fraction)) * len(labels))]
         fresh = draw.integers(len(data.classes), size=len(picked))
         labels[torch.from_numpy(picked)] = torch.from_numpy(fresh).to(labels.device)
     return labels
@@ -495,7 +496,7 @@ def choose_subset(args: argparse.Namespace, data: Data, labels: Tensor, replicat
         whole = args.size - args.size % len(data.classes)  # what is over goes to random classes
         order = np.concatenate([order[:whole], draw.permutation(order[whole:])])
     else:
-        ranking = data.scores if args.subset == "easy" else -data.scores
+        ranking = data.scores if args.subset == "easy" else -data.scores.astype(np.float64)
         order = np.argsort(ranking, kind="stable")
         order = rank_by_class(order, y) if args.balance else order
     first = args.offset if args.subset in ("easy", "hard") else 0
@@ -549,7 +550,7 @@ SCORES_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "networks", "scor
 
 
 def scores_settings(args: argparse.Namespace) -> dict:
-    """What EL2N scores depend on, beside data and labels."""
+    """What EL2N scores depend on, beside data, labels and the precision they were made in."""
     keys = ("depth", "width", "pad", "flip", "seed", *SCORES_KEYS)
     return {k: getattr(args, k, getattr(PRESETS[args.preset], k, None)) for k in keys}
 
@@ -648,7 +649,7 @@ def assign(tensor: Tensor, value: np.ndarray) -> None:
 
 
 def padded(n: int) -> int:
-    return -(-n // 16) * 16  # rows start on 64 bytes, so no result depends on a row's place
+    return -(-n // 128) * 128  # rows start on 256 bytes: no kernel is chosen by a row's place
 
 
 class Networks:
@@ -794,7 +795,7 @@ def permutation(key: tuple[int, int], epoch: int, n: int, device: torch.device) 
     counter = torch.stack(
         [i, torch.full_like(i, epoch), torch.zeros_like(i), torch.zeros_like(i)], -1
     )
-    words = philox(torch.tensor(key, device=device), counter)
+    words = philox(key, counter)
     return (words[:, 0] << 31 | words[:, 1] >> 1).argsort(stable=True)
 
 
@@ -825,7 +826,11 @@ def forward_loss(engine: str) -> Callable:
 
     if engine == "eager":
         return forward
-    compiled = torch.compile(forward, dynamic=False)
+    from torch._inductor import config
+
+    # Without the option kernels are chosen by timing them, and another start may choose otherwise.
+    options = {"deterministic": True} if hasattr(config, "deterministic") else None
+    compiled = torch.compile(forward, dynamic=False, options=options)
 
     def call(*batch) -> tuple[Tensor, Tensor]:
         nonlocal compiled
@@ -877,7 +882,11 @@ class Captured:
             torch.cuda.synchronize()
             try:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                # The outer context puts the stream back where a failed capture does not.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                ):
                     self.function()
                 self.graph = graph
             except RuntimeError as e:
@@ -941,9 +950,10 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
     modules = networks.lowered() if low else networks.modules
     dtype = torch.bfloat16 if low else torch.float32
     leaves = [leaves_by_type(*pair) for pair in zip(modules, networks.modules, strict=True)]
-    rates = torch.zeros(longest, device=device)
+    rates = [t.lr_at(s) for s in range(t.start, t.stop)]
+    rates = torch.tensor(rates, dtype=torch.float32, device=device)
     batches = torch.zeros(networks.rows, longest, args.batch_size, dtype=torch.int64, device=device)
-    place = torch.zeros(1, dtype=torch.int64, device=device)  # in the two tables above
+    place = torch.zeros(1, dtype=torch.int64, device=device)  # in the table of batches
     now = torch.full((1,), step, device=device)
     branches = [torch.cuda.Stream() if graph else None for _ in streams]
 
@@ -962,7 +972,7 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
             torch.cuda.current_stream().wait_stream(branches[r])
         if t.watch:
             t.watch(networks, now, chosen, seen)
-        rate = rates.index_select(0, place)
+        rate = rates.index_select(0, now - t.start)
         matrices = networks.weights, networks.momentum, networks.gradient, networks.mask
         masked_sgd_(*matrices, rate, args.momentum, args.weight_decay, networks.low)
         place.add_(1)
@@ -986,7 +996,6 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
         if well != active:
             active, take = well, functools.partial(one_step, well)
             take = Captured(take) if graph else take
-        rates[: end - step] = torch.tensor([t.lr_at(s) for s in range(step, end)])
         for r in active:
             batches[r, : end - step] = batch_indices(streams[r], step, end, args.batch_size)
         place.zero_()
@@ -995,6 +1004,8 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
             take()
             step += 1
         signals.training = False
+        if cuda and step == t.stop:
+            torch.cuda.synchronize()  # the clocks of the callers stop here
         yield step
     networks.low = None
 
@@ -1663,6 +1674,7 @@ def prepare(args: argparse.Namespace, data: Data | None = None) -> Data:
     work = args.steps * args.batch_size * height * width * args.depth
     cuda = args.device.type == "cuda"
     torch.backends.cudnn.deterministic = True  # to the same bits, killed or not
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is float32
     if args.engine == "auto":
         args.engine = "graph" if cuda else "compiled" if work > 2e9 else "eager"
     if args.engine == "graph" and not cuda:
@@ -1678,8 +1690,11 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # the device "meta" has no values
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs go to the current one
+        torch.zeros(1, device=device).item()  # the device "meta" has no values
+        return device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: {one_line(e)}") from e
 

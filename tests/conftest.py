@@ -1,6 +1,9 @@
 """What the tests of the stages share: tiny runs on the embedded digits."""
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: as many threads here as in what tests start
+
 import sys
 from pathlib import Path
 
@@ -40,6 +43,3 @@ def image_folder(tmp_path):
         return root
 
     return make
-
-
-os.environ.setdefault("OMP_NUM_THREADS", "2")

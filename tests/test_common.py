@@ -97,6 +97,13 @@ def test_rate_drops_at_the_milestones():
         assert math.isclose(lr_at(step), lr)
 
 
+def test_noise_takes_the_exact_ceiling():
+    """7 % of 50,000 is 3,500, though 0.07 * 50000 lies a little above in floating point."""
+    labels = torch.full((50000,), 9)
+    data = SimpleNamespace(train_labels=labels, classes=list(range(9)))  # no draw is 9
+    assert (common.noisy_labels(data, 0.07, seed=0) != labels).sum() == 3500
+
+
 def choose(subset, labels, scores=None, replicate=0, size=10, offset=0, balance=False):
     args = SimpleNamespace(subset=subset, size=size, offset=offset, balance=balance, seed=0)
     data = SimpleNamespace(classes=["a", "b", "c"], scores=scores)
@@ -116,6 +123,7 @@ def test_easy_and_hard_are_the_ends_of_the_ranking_with_ties_by_index():
     labels, scores = [0, 0, 0, 1, 1, 1, 2, 2], np.array([5, 1, 1, 1, 0, 9, 9, 2.0])
     assert choose("easy", labels, scores, size=3) == [1, 2, 4]
     assert choose("hard", labels, scores, size=2) == [5, 6]
+    assert choose("hard", [0, 1, 2], np.array([0, 3, 1], np.uint8), size=1) == [1]
     assert choose("hard", labels, scores, size=3) == [0, 5, 6]
     assert choose("easy", labels, scores, size=2, offset=2) == [2, 3]
     # the easiest of each class (1, 4, 7), then the second easiest, classes in order
@@ -141,7 +149,7 @@ def test_resnet20_has_the_papers_number_of_weights():
     networks = common.Networks(common.ResNet(20, 16, 3, 10), 2, CPU)
     assert networks.mask.shape == (2, 270_896)
     assert sum(p.numel() for p in networks.modules[0].parameters()) == 272_474
-    assert networks.weights.shape == (2, 272_480)  # padded to 64 bytes
+    assert networks.weights.shape == (2, 272_512)  # padded to 512 bytes
     columns = list(networks.layers.values())
     assert (columns[0].start, columns[-1].stop) == (0, 270_896)
 

@@ -17,9 +17,11 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.allow_tf32 = True, False
     yield
-    torch.backends.cudnn.deterministic = before
+    cudnn.deterministic, cudnn.allow_tf32 = before
 
 
 def training(engine, precision="fp32", rows=(0,), start=0, stop=50, watch=None, at=()):
