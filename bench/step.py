@@ -133,9 +133,9 @@ def engine(args: argparse.Namespace, data: common.Data, name: str, rows: int):
         common.initialise(module, common.generator(0, "init", r))
         networks.mask[r] = torch.rand(networks.mask.shape[1], device=args.device) < 0.5
     streams = [common.make_stream(args, data, r) for r in range(rows)]
-    reports = frozenset(range(0, 10**6, args.steps)) | {WARM}
+    reports = frozenset(range(0, 10**5, args.steps)) | {WARM}
     constant = common.step_schedule(0.1, ())
-    t = common.Training(args, data, networks, streams, 0, 10**6, constant, reports)
+    t = common.Training(args, data, networks, streams, 0, 10**5, constant, reports)
     steps, done = common.train(t), 0
     if name == "graph-eager":
         forward_loss, eager = common.forward_loss, common.forward_loss("eager")
@@ -143,11 +143,12 @@ def engine(args: argparse.Namespace, data: common.Data, name: str, rows: int):
         done = next(steps)
         common.forward_loss = forward_loss
 
-    def run(count: int) -> None:
+    def run(count: int) -> int:
         nonlocal done
-        target = done + count
-        while done < target:
+        first = done
+        while done < first + count:
             done = next(steps)
+        return done - first
 
     return run
 
@@ -174,8 +175,9 @@ def loop_share(args: argparse.Namespace, data: common.Data) -> float:
     torch.autograd.grad = timed(grad)
     run = engine(args, data, "compiled", 1)
     run(2)
-    inside = 0.0
-    whole = seconds(run, args.steps, args.device)
+    inside, began = 0.0, time.perf_counter()
+    run(args.steps)
+    whole = time.perf_counter() - began
     common.forward_loss, torch.autograd.grad = forward_loss, grad
     return 1 - inside / whole
 
@@ -185,6 +187,7 @@ def on_card(args: argparse.Namespace, data: common.Data, runs: dict) -> dict:
     four networks."""
     run = runs[max(runs, key=lambda name: name.startswith("graph x1"))]
     began, busy = time.perf_counter(), time.process_time()
+    torch.cuda.reset_peak_memory_stats()  # what the ways side by side hold, and no more
     seconds(run, args.steps, args.device)
     busy = (time.process_time() - busy) / (time.perf_counter() - began)
     networks = common.Networks(common.make_model(args, data), 4, args.device)
@@ -225,19 +228,21 @@ def flop(args: argparse.Namespace, data: common.Data) -> float:
 
 
 def seconds(run, steps: int, device: torch.device) -> float:
-    """Of so many steps, the device's work included."""
+    """Of each of so many steps (or of the steps that `run` says it took), the device's work
+    included."""
     began = time.perf_counter()
-    run(steps)
+    taken = run(steps)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / (taken if isinstance(taken, int) else steps)
 
 
 def main(args: argparse.Namespace) -> dict:
     args.device = common.find_device(args.device)
     cuda = args.device.type == "cuda"
     args.precision = {"auto": "bf16" if cuda else "fp32"}.get(args.precision, args.precision)
-    args.steps = args.steps or (500 if cuda else 8)
+    args.steps = args.steps or (128 if cuda else 8)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     args.momentum, args.weight_decay, args.pad, args.flip, args.seed = 0.9, 1e-4, 4, True, 0
     random = args.dataset == "random"
     data = (
@@ -263,7 +268,9 @@ def main(args: argparse.Namespace) -> dict:
             timings[name] = []
     for _ in range(args.repeats):  # in turns
         for name, run in runs.items():
-            timings[name].append(seconds(run, args.steps, args.device) / args.steps)
+            timings[name].append(seconds(run, args.steps, args.device))
+            told = f"{name}: {1e3 * timings[name][-1]:.2f} ms a step"
+            print(told, file=sys.stderr, flush=True)
     work, matrix, copy = flop(args, data), matrix_rate(args), copy_rate(args)
     table = {}
     for name, taken in timings.items():
