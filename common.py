@@ -1163,6 +1163,18 @@ def read_npz(path: Path, *names: str) -> list[np.ndarray]:
         raise UserError(f"{path} is damaged ({one_line(e)})") from e
 
 
+def unless_damaged(read: Callable[[], Any]) -> Any:
+    """What `read` gives; None, with a line on stderr, where it raises UserError for a file that
+    can be made again."""
+    try:
+        return read()
+    except NewerVersion:
+        raise
+    except UserError as e:
+        print(f"{e}: left aside", file=sys.stderr)
+        return None
+
+
 def one_line(e: BaseException | str) -> str:
     return " ".join(str(e).split())[:200] or type(e).__name__
 
@@ -1260,18 +1272,14 @@ class Run:
     def load(self, name: str) -> dict[str, Any] | None:
         """A file of this run, or None, with a line on stderr, if it is missing, damaged or of
         another run or level."""
-        if not self.has(name):
-            return None
-        try:
+
+        def read() -> dict[str, Any]:
             state = read_tensors(self.folder / name)
             if state.pop("run", None) != self.identity(name):
                 raise UserError(f"{self.folder / name} is another run's, or was renamed")
-        except NewerVersion:
-            raise
-        except UserError as e:
-            print(f"{e}: left aside", file=sys.stderr)
-            return None
-        return state
+            return state
+
+        return unless_damaged(read) if self.has(name) else None
 
     def checkpoint(self, phase: str, step: int, state: dict[str, Any]) -> None:
         """Saves the state inside a phase; the one before is kept against damage."""
@@ -1324,18 +1332,14 @@ class Run:
     def result(self) -> dict | None:
         """result.json, or None where there is none, or it is damaged or another run's."""
         path = self.folder / "result.json"
-        if not path.exists():
-            return None
-        try:
+
+        def read() -> dict:
             value = read_json(path, "config")
             if value["config"]["settings"] != self.config["settings"]:
                 raise UserError(f"{path} is another run's")
-        except NewerVersion:
-            raise
-        except UserError as e:
-            print(f"{e}: left aside", file=sys.stderr)
-            return None
-        return value
+            return value
+
+        return unless_damaged(read) if path.exists() else None
 
     def finish(self, result: dict) -> Path:
         """Writes result.json, whose presence means done."""
