@@ -546,12 +546,13 @@ def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
     return scores
 
 
-SCORES_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "networks", "score_step")
+SCORES_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "pad", "flip")
+SCORES_KEYS += ("networks", "score_step")
 
 
 def scores_settings(args: argparse.Namespace) -> dict:
     """What EL2N scores depend on, beside data, labels and the precision they were made in."""
-    keys = ("depth", "width", "pad", "flip", "seed", *SCORES_KEYS)
+    keys = ("depth", "width", "seed", *SCORES_KEYS)
     return {k: getattr(args, k, getattr(PRESETS[args.preset], k, None)) for k in keys}
 
 
@@ -1594,6 +1595,7 @@ FLAGS = {
         ("momentum", number(float, 0, 1), None, "of SGD"),
         ("weight-decay", number(float, 0, 1e6), None, "of all parameters"),
         ("milestones", numbers, None, "steps at which the rate drops tenfold"),
+        ("pad", number(int, 0, 1024), None, "black border that random crops reach into, pixels"),
         ("seed", number(int, 0, 2**32 - 1), 0, "of everything random"),
         ("device", str, "auto", "auto, cpu, cuda, cuda:1"),
         ("checkpoint-every", number(float, 0), 60.0, "seconds"),
@@ -1624,6 +1626,8 @@ def flags(description: str, *groups: str) -> Parser:
             by = "the preset's" if name.replace("-", "_") in preset else default
             told += "" if by is None else f" [{by}]"
             parser.add_argument(f"--{name}", type=kind, default=default, help=told)
+    told, switch = "random horizontal flips [the preset's]", argparse.BooleanOptionalAction
+    parser.add_argument("--flip", action=switch, default=None, help=told)
     parser.add_argument("--engine", choices=("auto", "eager", "compiled", "graph"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--fresh", action="store_true", help="start the run's folder over")
@@ -1652,7 +1656,7 @@ def prepare(args: argparse.Namespace, data: Data | None = None) -> Data:
     own = args.dataset if args.dataset in PRESETS else None
     args.preset = args.preset or own or ("cifar10" if height == width == 32 else "digits")
     for name, value in vars(PRESETS[args.preset]).items():
-        if name in ("pad", "flip") or getattr(args, name, value) is None:
+        if getattr(args, name, value) is None:
             setattr(args, name, value)
     if (args.depth - 2) % 6 or args.depth < 8:
         raise UserError(f"--depth {args.depth}: a ResNet has 8, 14, 20, ... (6n+2) layers")
@@ -1677,17 +1681,23 @@ def prepare(args: argparse.Namespace, data: Data | None = None) -> Data:
     # that a run that is extended or resumed keeps its engine.
     work = args.steps * args.batch_size * height * width * args.depth
     cuda = args.device.type == "cuda"
-    torch.backends.cudnn.deterministic = True  # to the same bits, killed or not
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is float32
     if args.engine == "auto":
         args.engine = "graph" if cuda else "compiled" if work > 2e9 else "eager"
     if args.engine == "graph" and not cuda:
         raise UserError(f"--engine graph needs a CUDA device, not {args.device}")
     if args.precision == "auto":
         args.precision = "bf16" if cuda else "fp32"
+    set_numerics(args.precision)
     if getattr(args, "subset", "all") in ("easy", "hard"):
         data.scores = read_scores(args, data)
     return data
+
+
+def set_numerics(precision: str) -> None:
+    """cuDNN gives the same bits each time. fp32 is float32 throughout; beside training in bf16 the
+    convolutions of an evaluation, on float32 weights, round their factors to TF32 (11 bits)."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
 
 
 def find_device(name: str) -> torch.device:
@@ -1719,6 +1729,8 @@ SHORT = {
     "lr": "lr",
     "momentum": "momentum",
     "weight_decay": "decay",
+    "pad": "pad",
+    "flip": "flip",
     "pretrain_lr": "prelr",
     "networks": "networks",
     "score_step": "step",

@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import signal
 import tarfile
@@ -552,3 +553,21 @@ def test_without_a_network_one_line_says_which_file_to_put_where(
     with pytest.raises(UserError, match=f"put {archive}.* into {tmp_path}") as e:
         common.load_data(name, tmp_path, CPU, quiet=True)
     assert "\n" not in str(e.value)
+
+
+def test_augmentation_is_told_in_the_folders_name_and_done(stage, tmp_path):
+    """--pad and --flip reach the batches: other weights, each in a folder of its own."""
+    tiny = ("--subset", "random", "--size", 64, "--rewind", 3, "--steps", 6, "--levels", 0)
+    ways = {
+        "": (),
+        "-pad0": ("--pad", 0),
+        "-flip1": ("--flip",),
+        "-pad2-flip1": ("--pad", 2, "--flip"),
+    }
+    weights = []
+    for name, flags in ways.items():
+        stage("imp", *tiny, *flags)
+        folder = tmp_path / f"results/imp/digits-resnet8/random64-rewind3-steps6{name}/rep0"
+        weights.append(common.read_tensors(folder / "level00.pt")["weights"])
+    for a, b in itertools.combinations(weights, 2):
+        assert not torch.equal(a, b)
