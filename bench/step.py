@@ -8,9 +8,12 @@ loader    what one writes first, and what the paper's time ran: torchvision tran
 resident  the same loop with data and augmentation on the device
 then the engines of common.py, and on a GPU the graph without the compiler, and several rows. Each
 figure is the median of --repeats timings, taken in turns so that what else the machine does falls
-on all alike; warm-up and compilation are not timed. Also: the part of the step outside forward and
-backward, the rate of a matrix product and of a copy in this run; on a GPU memory, how busy the host
-is, and the time to evaluate 50,000 images.
+on all alike; warm-up and compilation are told apart. The last column is the share of the ceiling:
+the time that the convolutions' FLOP take at the rate of a large matrix product in this run, or the
+time that the tensors read and written by convolutions and BatchNorm take at the rate of a large
+copy, whichever is longer, over the time measured. Also: where the time of a step goes, by kernel;
+the part outside forward and backward; on a GPU memory, how busy the host is, and the time to
+evaluate 50,000 images.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -182,6 +186,21 @@ def loop_share(args: argparse.Namespace, data: common.Data) -> float:
     return 1 - inside / whole
 
 
+def kernels(run, steps: int, count: int = 12) -> dict[str, float]:
+    """The kernels (on a CPU: the operations) that take most of the time of a step, with the parts
+    they take of what the profiler saw."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        run(steps)
+    name = "self_device_time_total" if cuda else "self_cpu_time_total"
+    times = {e.key: getattr(e, name) for e in profiler.key_averages()}
+    times = {k[:100]: v for k, v in times.items() if v and not k.startswith("ProfilerStep")}
+    first = sorted(times, key=times.get, reverse=True)[:count]
+    return {k: times[k] / sum(times.values()) for k in first}
+
+
 def on_card(args: argparse.Namespace, data: common.Data, runs: dict) -> dict:
     """What only a GPU is asked: the host's part of the time, memory, evaluation of 50,000 images by
     four networks."""
@@ -217,14 +236,40 @@ def copy_rate(args: argparse.Namespace) -> float:
     return 8 * a.numel() / statistics.median(times[3:])
 
 
-def flop(args: argparse.Namespace, data: common.Data) -> float:
-    """Of one network-step: three times the multiplications and additions of a forward pass."""
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that convolutions, BatchNorm and the head read and write, each input and
+    output once; what lies between them can be done on the way."""
+
+    OPS = ("convolution", "batch_norm", "addmm", "mm")
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if any(name in str(op) for name in self.OPS):
+            outputs = out if isinstance(out, tuple) else (out,)
+            tensors = [t for t in (*args, *outputs) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.nbytes for t in tensors)
+        return out
+
+
+def work(args: argparse.Namespace, data: common.Data) -> tuple[float, int]:
+    """FLOP of a network-step (three times those of a forward pass), and its bytes (`Traffic`)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = common.make_model(args, data)
+    networks = common.Networks(common.make_model(args, data), 1, args.device)
+    [module] = networks.lowered() if args.precision == "bf16" else networks.modules
+    x = common.normalise(data, data.train_images[: args.batch_size])
+    x = x.bfloat16() if args.precision == "bf16" else x
+    forward = common.forward_loss("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, data.train_images.shape[3], *data.train_images.shape[1:3]))
-    return 3.0 * counter.get_total_flops() * args.batch_size
+        module(x)
+    with Traffic() as traffic:
+        loss, _ = forward(module, x, data.train_labels[: args.batch_size])
+        torch.autograd.grad(loss, list(module.parameters()))
+    return 3.0 * counter.get_total_flops(), traffic.bytes
 
 
 def seconds(run, steps: int, device: torch.device) -> float:
@@ -242,7 +287,7 @@ def main(args: argparse.Namespace) -> dict:
     cuda = args.device.type == "cuda"
     args.precision = {"auto": "bf16" if cuda else "fp32"}.get(args.precision, args.precision)
     args.steps = args.steps or (128 if cuda else 8)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    common.set_numerics(args.precision)
     args.momentum, args.weight_decay, args.pad, args.flip, args.seed = 0.9, 1e-4, 4, True, 0
     random = args.dataset == "random"
     data = (
@@ -255,35 +300,43 @@ def main(args: argparse.Namespace) -> dict:
         for rows in args.rows:
             ways[f"{name} x{rows}"] = (name, rows)
     chosen = args.only.split(",") if args.only else [k.split()[0] for k in ways]
-    runs, timings = {}, {}
+    runs, timings, starts = {}, {}, {}
     for name, way in ways.items():
         if name.split()[0] in chosen:
+            began = time.perf_counter()
             if callable(way):
                 runs[name] = way(args, data)
             else:
                 runs[name] = engine(args, data, *way)
-            began = time.perf_counter()
             seconds(runs[name], WARM if cuda else 2, args.device)
-            print(f"{name}: warm in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-            timings[name] = []
+            starts[name], timings[name] = time.perf_counter() - began, []
+            print(f"{name}: warm in {starts[name]:.1f} s", file=sys.stderr)
     for _ in range(args.repeats):  # in turns
         for name, run in runs.items():
             timings[name].append(seconds(run, args.steps, args.device))
             told = f"{name}: {1e3 * timings[name][-1]:.2f} ms a step"
             print(told, file=sys.stderr, flush=True)
-    work, matrix, copy = flop(args, data), matrix_rate(args), copy_rate(args)
+    matrix, copy = matrix_rate(args), copy_rate(args)
+    flop, moved = work(args, data)
+    ceiling = max(flop / matrix, moved / copy)
     table = {}
     for name, taken in timings.items():
         rows = int(name.split("x")[-1]) if " x" in name else 1
         table[name] = {"ms": 1e3 * statistics.median(taken), "rows": rows}
-        table[name]["network_steps_per_second"] = rows / statistics.median(taken)
+        rate = rows / statistics.median(taken)
+        table[name] |= {"network_steps_per_second": rate, "of_ceiling": rate * ceiling}
+        table[name]["seconds_to_start"] = starts[name]
     base = table.get("loader", next(iter(table.values())))["network_steps_per_second"]
-    print(f"{'':22}      ms  network-steps/s   ratio  of matrix rate")
+    print(f"{'':22}      ms  network-steps/s   ratio  of ceiling  s to start")
     for name, row in table.items():
         rate = row["network_steps_per_second"]
-        row["of_matrix_rate"] = rate * work / matrix
-        told = f"{row['ms']:8.2f}  {rate:15.1f}  {rate / base:6.2f}  {row['of_matrix_rate']:14.1%}"
-        print(f"{name:22}{told}")
+        told = f"{row['ms']:8.2f}  {rate:15.1f}  {rate / base:6.2f}  {row['of_ceiling']:10.1%}"
+        print(f"{name:22}{told}  {row['seconds_to_start']:10.1f}")
+    fastest = max(table, key=lambda name: (table[name]["rows"] == 1, -table[name]["ms"]))
+    parts = kernels(runs[fastest], args.steps)
+    print(f"where a step of {fastest} spends its time:")
+    for name, part in parts.items():
+        print(f"{part:7.1%}  {name}")
     told = {
         "device": torch.cuda.get_device_name()
         if cuda
@@ -291,7 +344,8 @@ def main(args: argparse.Namespace) -> dict:
         "torch": torch.__version__,
         "network": f"ResNet-{args.depth}, width {args.width}, batch {args.batch_size}, {data.name}",
         "precision": args.precision,
-        "gflop_per_step": work / 1e9,
+        "gflop_per_step": flop / 1e9,
+        "gb_moved_per_step": moved / 1e9,
         "matrix_tflops": matrix / 1e12,
         "copy_gb_per_second": copy / 1e9,
         **(
@@ -300,8 +354,10 @@ def main(args: argparse.Namespace) -> dict:
             else {"outside_forward_and_backward": loop_share(args, data)}
         ),
         "table": table,
+        "kernels": parts,
     }
-    print(json.dumps({k: v for k, v in told.items() if k != "table"}, indent=1))
+    rest = {k: v for k, v in told.items() if k not in ("table", "kernels")}
+    print(json.dumps(rest, indent=1))
     if args.out:
         args.out.write_text(json.dumps(told, indent=1) + "\n")
     return told

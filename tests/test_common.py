@@ -571,3 +571,14 @@ def test_augmentation_is_told_in_the_folders_name_and_done(stage, tmp_path):
         weights.append(common.read_tensors(folder / "level00.pt")["weights"])
     for a, b in itertools.combinations(weights, 2):
         assert not torch.equal(a, b)
+
+
+def test_fp32_is_float32_and_evaluation_beside_bf16_may_take_tf32():
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.allow_tf32
+    try:
+        for precision, tf32 in (("bf16", True), ("fp32", False)):
+            common.set_numerics(precision)
+            assert (cudnn.deterministic, cudnn.allow_tf32) == (True, tf32)
+    finally:
+        cudnn.deterministic, cudnn.allow_tf32 = before

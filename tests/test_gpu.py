@@ -19,7 +19,7 @@ pytestmark = [
 def deterministic():
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.allow_tf32 = True, False
+    common.set_numerics("fp32")
     yield
     cudnn.deterministic, cudnn.allow_tf32 = before
 
