@@ -17,14 +17,12 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -190,9 +188,8 @@ def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     log_p = logits.log_softmax(-1)
     picked = labels[:, None]
     loss = -log_p.gather(1, picked)[:, 0]
-    error = (logits.argmax(-1) != labels) | logits.isnan().any(
-        -1
-    )  # argmax takes the first of equals
+    wrong = logits.argmax(-1) != labels  # argmax takes the first of equals
+    error = wrong | logits.isnan().any(-1)
     residual = log_p.exp().scatter_add(1, picked, torch.full_like(loss, -1.0)[:, None])
     return loss, error.to(loss.dtype), residual.norm(dim=-1)
 
@@ -411,7 +408,7 @@ def archived_images(folder: Path) -> list[tuple]:
 
 def decode(files: list[tuple], quiet: bool) -> tuple:
     """(split, class, name, ...) records -> train and test arrays in class order, class names."""
-    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing.pool import ThreadPool  # PIL decodes without the interpreter's lock
 
     classes = sorted({f[1] for f in files})
     if missing := set(classes) - {f[1] for f in files if f[0] != "test"}:
@@ -419,14 +416,11 @@ def decode(files: list[tuple], quiet: bool) -> tuple:
     files = sorted(files, key=lambda f: (f[0] == "test", f[1], f[0], f[2]))
     gray = decode_image(files[0]).shape[2] == 1
     with (
-        # Forked workers, which touch PIL alone, hold the lock with us: they must not outlive us.
-        ProcessPoolExecutor(
-            mp_context=multiprocessing.get_context("fork"), initializer=end_with_parent
-        ) as pool,
+        ThreadPool(len(os.sched_getaffinity(0))) as pool,
         tqdm(desc="decoding", total=len(files), unit=" images", disable=quiet) as bar,
     ):
         images = []
-        for image in pool.map(decode_image, files, [gray] * len(files), chunksize=256):
+        for image in pool.imap(functools.partial(decode_image, gray=gray), files, chunksize=64):
             if images and image.shape != images[0].shape:
                 name, size = files[len(images)][2], "x".join(map(str, image.shape[1::-1]))
                 raise UserError(f"--dataset: images differ in size: {name} is {size}")
@@ -435,16 +429,6 @@ def decode(files: list[tuple], quiet: bool) -> tuple:
     labels = np.array([classes.index(f[1]) for f in files])
     images, cut = np.stack(images), sum(f[0] != "test" for f in files)
     return images[:cut], labels[:cut], images[cut:], labels[cut:], classes
-
-
-def end_with_parent() -> None:
-    """In a worker process: ends it when its parent has ended, however that was."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def decode_image(file: tuple, gray: bool | None = None) -> np.ndarray:
