@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -822,7 +822,8 @@ def forward_loss(engine: str) -> Callable:
         try:
             return compiled(*batch)
         except Exception as e:  # whatever a compiler fails with costs speed only
-            if compiled is forward:
+            recording = batch[1].is_cuda and torch.cuda.is_current_stream_capturing()
+            if compiled is forward or recording or isinstance(e, torch.OutOfMemoryError):
                 raise
             print(f"torch.compile failed, going on eagerly: {one_line(e)}", file=sys.stderr)
             compiled = forward
@@ -859,6 +860,8 @@ class Captured:
     up, then recorded, then replayed, each call a step that counts. Runs on as it is where it cannot
     be recorded."""
 
+    failed: ClassVar[list] = []  # torch 2.11's allocator goes on asking a graph that failed
+
     def __init__(self, function: Callable[[], None]):
         self.function, self.calls, self.graph = function, 0, None
 
@@ -874,7 +877,10 @@ class Captured:
                 ):
                     self.function()
                 self.graph = graph
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as e:
+                self.failed.append(graph)
                 print(f"CUDA graph failed, going on without: {one_line(e)}", file=sys.stderr)
         self.calls += 1
         if self.graph:

@@ -553,8 +553,7 @@ def test_the_cuda_part_builds_without_a_card_and_spills_nothing():
 
 @pytest.fixture
 def strict():
-    """Any wait of the host for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
+    """Sets back what a test sets: any wait of the host for the device is an error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -573,7 +572,9 @@ def test_the_card_has_its_own_kernels(ops):
 @pytest.mark.gpu
 @card
 def test_card_and_cpu_take_the_same_step_to_the_bit(ops):
-    grid = itertools.product((*SIZES, 100_016), (1, 5), (F32, BF16), (shifted, Tensor.clone))
+    grid = itertools.product(
+        (*SIZES, 100_016, 100_032), (1, 5), (F32, BF16), (shifted, Tensor.clone)
+    )
     for columns, rows, gradient, place in grid:
         case = sgd_case(rows, columns, gradient=gradient)
         case[2][:, : case[3].shape[1]][~case[3]] = torch.nan
@@ -642,9 +643,10 @@ def test_a_captured_graph_follows_its_tensors(ops, strict):
     state = [on_card(x) for x in sgd_case(2, 97)]
     alone = [x.clone() for x in state]
     gradient = state[2].clone()
+    torch.cuda.set_sync_debug_mode("error")
     ops.augment(*case, 2, True)
-    graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         batch = ops.augment(*case, 2, True)
         ops.masked_sgd_(*state, 0.9, 1e-4)

@@ -16,12 +16,15 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def deterministic():
+def deterministic(capsys, request):
+    """And no engine has fallen back to a slower one, but where that is the test."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.allow_tf32
     common.set_numerics("fp32")
     yield
     cudnn.deterministic, cudnn.allow_tf32 = before
+    if "cannot_be_recorded" not in request.node.name:
+        assert "going on" not in capsys.readouterr().err
 
 
 def training(engine, precision="fp32", rows=(0,), start=0, stop=50, watch=None, at=()):
@@ -54,11 +57,17 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("engine", ["compiled", "graph"])
-def test_engines_agree_to_rounding(engine):
-    reference, networks = finish(training("eager")), finish(training(engine))
-    assert distance(networks.weights, reference.weights) < 2e-3
-    assert distance(networks.batchnorm, reference.batchnorm) < 2e-3
+def test_engines_agree_to_rounding():
+    """Over two steps: a ReLU that falls the other way has grown to percents after fifty."""
+    a, b = (finish(training(engine, stop=2)) for engine in ("eager", "compiled"))
+    assert distance(b.weights, a.weights) < 1e-4
+    assert distance(b.batchnorm, a.batchnorm) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_graph_gives_the_bits_of_the_compiled_steps(precision):
+    a, b = (finish(training(engine, precision)) for engine in ("compiled", "graph"))
+    assert torch.equal(a.weights, b.weights) and torch.equal(a.batchnorm, b.batchnorm)
 
 
 def test_the_device_gives_the_crops_and_orders_of_the_cpu():
