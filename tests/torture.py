@@ -407,7 +407,7 @@ def remount(place: Path, how: str) -> None:
 
 def crowd(place: Path) -> str:
     """Twenty processes on one results folder, one set of scores and one cache of decoded images;
-    two on one run; a decoder killed with its workers at work."""
+    two on one run; a decoder killed at work."""
     from PIL import Image
 
     pixels = random.Random(0)
@@ -428,7 +428,7 @@ def crowd(place: Path) -> str:
     while not list((place / "data").glob(".pictures*.lock")) and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.3)
-    os.kill(pid, signal.SIGKILL)  # it alone: its workers must see that by themselves
+    os.kill(pid, signal.SIGKILL)
     if wait(pid, 5, log) != -signal.SIGKILL or list((place / "data").glob("*.npz")):
         raise Failed("the decoder was not killed while decoding")
     if wait(start(words("alone", "data", "--replicate", "0-18"), log), 60, log):
@@ -462,9 +462,9 @@ def slow_decoding() -> None:
     decode_image = common.decode_image
 
     @functools.wraps(decode_image)
-    def slowly(*args):
+    def slowly(*args, **kwargs):
         time.sleep(0.05)
-        return decode_image(*args)
+        return decode_image(*args, **kwargs)
 
     common.decode_image = slowly
 
