@@ -232,7 +232,9 @@ def test_ctrl_c_saves_and_goes_on(tmp_path):
     path = grid(tmp_path, TINY.replace("60", "900").replace("R=0-1", "R=0") + "imp fig2 all - 0\n")
     command = ["bash", SCRIPT, "--grid", path, "--out", tmp_path / "o"]
     folder = tmp_path / "o/imp/digits-resnet8/all-rewind0-steps900/rep0"
-    with subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True) as p:
+    ours = {"env": ENV, "cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    ours["preexec_fn"] = heed_ctrl_c
+    with subprocess.Popen(command, **ours) as p:
         wait_for((folder / "pretrained.pt").exists)
         time.sleep(1)
         p.send_signal(signal.SIGINT)
@@ -244,6 +246,11 @@ def test_ctrl_c_saves_and_goes_on(tmp_path):
     assert levels(folder) == levels(
         direct(tmp_path, "--steps", "900", "--subset", "all", "--rewind", "0")
     )
+
+
+def heed_ctrl_c() -> None:
+    """What a shell started in the background ignores, its children ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds: float = 90) -> None:
