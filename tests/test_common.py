@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import UserError
+import runs
+from runs import UserError
 
 CPU = torch.device("cpu")
 
@@ -303,7 +304,7 @@ def test_any_module_can_be_rows():
 
 
 def new_run(folder):
-    return common.Run(folder, 0, {"replicate": 0}, {"torch": "x"})
+    return runs.Run(folder, 0, {"replicate": 0}, {"torch": "x"})
 
 
 @pytest.mark.parametrize("kill", [1, 5, 12, 16, 17])
@@ -325,7 +326,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_training(tmp_path, kill):
         def __call__(self, networks, step, indices, logits):
             self.seen[0, step] += indices[0].sum()
             if step.item() == self.at:
-                common.signals.number = signal.SIGTERM
+                runs.signals.number = signal.SIGTERM
 
     observed, results = [], []
     for at in (None, kill):
@@ -336,7 +337,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_training(tmp_path, kill):
             fit(t, tmp_path / str(at))
         except SystemExit as e:
             assert e.code == 128 + signal.SIGTERM
-            common.signals.number = 0
+            runs.signals.number = 0
             watch = Kill(None)
             t = tiny_training(stop=20, steps_at=(0, 5, 12), watch=watch)
             t.extra = {"seen": watch.seen}
@@ -364,14 +365,14 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, ca
 
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
     path, state = tmp_path / "x.pt", {"weights": torch.arange(64.0), "step": 7, "name": "level00"}
-    common.write_tensors(path, state)
+    runs.write_tensors(path, state)
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         try:
-            read = common.read_tensors(path)
+            read = runs.read_tensors(path)
         except UserError:
             continue
         assert read.keys() == state.keys() and torch.equal(read["weights"], state["weights"])
@@ -385,7 +386,7 @@ def test_nothing_is_unpickled(tmp_path):
 
     torch.save({"weights": Hostile()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt is damaged or not one of ours"):
-        common.read_tensors(tmp_path / "x.pt")
+        runs.read_tensors(tmp_path / "x.pt")
     np.save(tmp_path / "x.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "x.npz", images=np.array([Hostile()], dtype=object))
     with pytest.raises(UserError, match="damaged"):
@@ -397,13 +398,13 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path, capsys):
-    common.Run(tmp_path, 0, {"replicate": 0, "lr": 0.1}, {"torch": "1"}).held.close()
+    runs.Run(tmp_path, 0, {"replicate": 0, "lr": 0.1}, {"torch": "1"}).held.close()
     with pytest.raises(UserError, match=r"lr 0\.1, now 0\.2.*--fresh"):
-        common.Run(tmp_path, 0, {"replicate": 0, "lr": 0.2}, {"torch": "1"})
-    common.Run(tmp_path, 0, {"replicate": 0, "lr": 0.1}, {"torch": "2"}).held.close()
+        runs.Run(tmp_path, 0, {"replicate": 0, "lr": 0.2}, {"torch": "1"})
+    runs.Run(tmp_path, 0, {"replicate": 0, "lr": 0.1}, {"torch": "2"}).held.close()
     assert "torch 1, now 2" in capsys.readouterr().err
-    common.Run(tmp_path, 0, {"replicate": 0, "lr": 0.2}, {"torch": "2"}, fresh=True).held.close()
-    assert common.read_json(tmp_path / "config.json")["settings"]["lr"] == 0.2
+    runs.Run(tmp_path, 0, {"replicate": 0, "lr": 0.2}, {"torch": "2"}, fresh=True).held.close()
+    assert runs.read_json(tmp_path / "config.json")["settings"]["lr"] == 0.2
 
 
 def test_one_process_a_folder(tmp_path):
@@ -416,28 +417,28 @@ def test_one_process_a_folder(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "x"
-    common.write(path, lambda f: f.write(b"old"))
+    runs.write(path, lambda f: f.write(b"old"))
 
     def half(f):
         f.write(b"ne")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="space"):
-        common.write(path, half)
+        runs.write(path, half)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_altered_json_is_refused(tmp_path):
     path = tmp_path / "result.json"
-    common.write_json(path, {"accuracy": 0.91, "name": "é"})
-    assert common.read_json(path)["accuracy"] == 0.91
+    runs.write_json(path, {"accuracy": 0.91, "name": "é"})
+    assert runs.read_json(path)["accuracy"] == 0.91
     path.write_text(path.read_text().replace("0.91", "0.97"))
     with pytest.raises(UserError, match="damaged"):
-        common.read_json(path)
+        runs.read_json(path)
     for text in ("", "{", "[]", "7", '{"sha256": 1}', "[" * 100000):
         path.write_text(text)
         with pytest.raises(UserError):
-            common.read_json(path)
+            runs.read_json(path)
 
 
 def test_the_log_keeps_one_row_a_step(tmp_path):
@@ -568,7 +569,7 @@ def test_augmentation_is_told_in_the_folders_name_and_done(stage, tmp_path):
     for name, flags in ways.items():
         stage("imp", *tiny, *flags)
         folder = tmp_path / f"results/imp/digits-resnet8/random64-rewind3-steps6{name}/rep0"
-        weights.append(common.read_tensors(folder / "level00.pt")["weights"])
+        weights.append(runs.read_tensors(folder / "level00.pt")["weights"])
     for a, b in itertools.combinations(weights, 2):
         assert not torch.equal(a, b)
 

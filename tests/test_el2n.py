@@ -3,8 +3,9 @@ import pytest
 import torch
 
 import common
+import runs
 import el2n
-from common import UserError
+from runs import UserError
 
 TINY = ("--networks", 2, "--score-step", 6)
 
@@ -24,7 +25,7 @@ def test_el2n_is_the_mean_norm_of_the_error_vectors(stage, tmp_path, monkeypatch
     expected = np.linalg.norm(p - np.eye(10)[y.numpy()], axis=-1).mean(0)
     scores = np.load(folder / "scores.npy")
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
-    told = common.read_json(folder / "scores.json")
+    told = runs.read_json(folder / "scores.json")
     means = [expected[y.numpy() == c].mean() for c in range(10)]
     assert told["classes_from_easy_to_hard"] == [str(c) for c in np.argsort(means)]
 

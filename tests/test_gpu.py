@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import runs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,17 +98,17 @@ def test_rows_are_the_same_alone_and_beside_others(engine, precision):
 def test_resume_under_the_graph_gives_the_bits_of_an_undisturbed_training(tmp_path, precision):
     whole = finish(training("graph", precision))
 
-    run = common.Run(tmp_path, 0, {"replicate": 0}, {})
+    run = runs.Run(tmp_path, 0, {"replicate": 0}, {})
     bar = common.progress_bar(SimpleNamespace(quiet=True), 0)
 
     def interrupt(step):
         if step == 17:
-            common.signals.number = signal.SIGTERM
+            runs.signals.number = signal.SIGTERM
 
     t = training("graph", precision, at=(17,))
     with pytest.raises(SystemExit):
         common.fit(t, [run], "level00", bar, interrupt)
-    common.signals.number = 0
+    runs.signals.number = 0
     again = training("graph", precision)
     common.fit(again, [run], "level00", bar)
     assert torch.equal(again.networks.weights, whole.weights)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import common
+import runs
 import imp
-from common import UserError
+from runs import UserError
 
 TINY = ("--subset", "random", "--size", 128, "--rewind", 5, "--steps", 30)
 
@@ -54,8 +55,8 @@ def test_exactly_the_ceiling_goes_at_every_level(fraction):
 def test_algorithm_1_to_the_letter(stage, tmp_path):
     [result] = stage("imp", *TINY, "--levels", 3)
     [folder] = tmp_path.rglob("rep0")
-    start = common.read_tensors(folder / "pretrained.pt")
-    levels = [common.read_tensors(folder / f"level{k:02d}.pt") for k in range(4)]
+    start = runs.read_tensors(folder / "pretrained.pt")
+    levels = [runs.read_tensors(folder / f"level{k:02d}.pt") for k in range(4)]
     args = imp.flags().parse_args([str(f) for f in TINY])
     args.data_dir, args.out = common.HERE / "data", tmp_path
     data = common.prepare(args)
@@ -89,7 +90,7 @@ def test_rewind_0_is_the_initialisation(stage, tmp_path):
     assert folder.parent.name == "all-rewind0-steps20"
     networks = common.Networks(common.ResNet(8, 16, 1, 10), 1, torch.device("cpu"))
     common.initialise(networks.modules[0], common.generator(0, "init", 0))
-    start = common.read_tensors(folder / "pretrained.pt")
+    start = runs.read_tensors(folder / "pretrained.pt")
     assert torch.equal(start["weights"], networks.weights[0])
     assert torch.equal(start["batchnorm"], networks.batchnorm[0])
 
@@ -113,7 +114,7 @@ def test_replicates_are_the_same_side_by_side_and_alone(stage, tmp_path):
     stage("imp", *flags, "--replicate", "0-2")
     stage("imp", *flags, "--replicate", "1", out=tmp_path / "alone")
     for name in ("pretrained.pt", "level00.pt", "level01.pt"):
-        a, b = (common.read_tensors(p) for p in tmp_path.rglob(f"rep1/{name}"))
+        a, b = (runs.read_tensors(p) for p in tmp_path.rglob(f"rep1/{name}"))
         for key in ("weights", "batchnorm", "mask"):
             assert key not in a or torch.equal(a[key], b[key])
 
@@ -147,7 +148,7 @@ def test_a_layer_that_dies_ends_the_run_and_says_at_which_level(stage, tmp_path)
     with pytest.raises(UserError, match=r"replicate 0: level \d leaves .* without weights"):
         stage("imp", *TINY, "--levels", 9, "--prune-fraction", 0.95)
     [path] = tmp_path.rglob("result.json")
-    result = common.read_json(path)
+    result = runs.read_json(path)
     last = len(result["levels"])
     assert f"level {last} leaves" in result["ended"] and f"--levels {last - 1}" in result["ended"]
     assert last >= 1
@@ -170,7 +171,7 @@ def test_a_replicate_that_diverges_reports_nothing_and_the_other_goes_on(
     with pytest.raises(UserError, match=r"replicate 0: pre-training diverged at step 0") as e:
         stage("imp", *TINY, "--levels", 1, "--replicate", "0-1")
     assert "\n" not in str(e.value)
-    sick, other = (common.read_json(tmp_path / p) for p in sorted(results_below(tmp_path)))
+    sick, other = (runs.read_json(tmp_path / p) for p in sorted(results_below(tmp_path)))
     assert sick["levels"] == [] and sick["pretrain"]["test_accuracy"] is None
     for a, b in zip(other["levels"], well["levels"], strict=True):
         assert a["test_accuracy"] == b["test_accuracy"] and a["train_loss"] == b["train_loss"]
@@ -184,7 +185,7 @@ def test_a_level_that_diverges_says_step_and_rate(stage, tmp_path):
     with pytest.raises(UserError, match=r"level 0 diverged at step \d+, learning rate 1e\+06"):
         stage("imp", *TINY, "--levels", 1, "--lr", 1e6)
     [path] = tmp_path.rglob("result.json")
-    assert common.read_json(path)["levels"] == []
+    assert runs.read_json(path)["levels"] == []
 
 
 # ---- as a program --------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_a_copy_of_imp_and_common_alone_runs(tmp_path):
     assert run.returncode == 0, err
     lines = out.splitlines()
     assert " ".join(lines[0].split()) == "level weights remaining test accuracy of dense seconds"
-    result = common.read_json(tmp_path / lines[-1])
+    result = runs.read_json(tmp_path / lines[-1])
     assert len(result["levels"]) == 2 and not result["config"]["environments"][0]["csrc"]
     run = command("--subset", "easy", "--data-dir", common.HERE / "data", cwd=tmp_path)
     out, err = run.communicate(timeout=60)
@@ -236,14 +237,14 @@ def test_a_killed_run_ends_with_the_numbers_of_one_never_killed(stage, tmp_path,
     run = command(*flags, *shared)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
-    result = common.read_json(common.HERE / out.splitlines()[-1])
+    result = runs.read_json(common.HERE / out.splitlines()[-1])
     times = ("seconds", "steps_per_second")
     for a, b in zip(result["levels"], expected["levels"], strict=True):
         assert {k: v for k, v in a.items() if k not in times} == {
             k: v for k, v in b.items() if k not in times
         }
     for name in ("pretrained.pt", "level00.pt", "level01.pt", "level02.pt"):
-        a, b = (common.read_tensors(p) for p in tmp_path.glob(f"*/imp/*/*/rep0/{name}"))
+        a, b = (runs.read_tensors(p) for p in tmp_path.glob(f"*/imp/*/*/rep0/{name}"))
         assert torch.equal(a["weights"], b["weights"])
 
 

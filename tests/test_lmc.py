@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import runs
 import imp
 import lmc
 
@@ -46,7 +47,7 @@ def folder(out, name: str = "random128-rewind10", replicate: int = 0):
 def children(out, **where) -> list[torch.nn.Module]:
     """The children of a run as float64 modules in eval mode."""
     args, data = prepared(out)
-    state = common.read_tensors(folder(out, **where) / "children.pt")
+    state = runs.read_tensors(folder(out, **where) / "children.pt")
     networks = common.Networks(common.make_model(args, data), len(state["weights"]), args.device)
     networks.weights.copy_(state["weights"])
     networks.batchnorm.copy_(state["batchnorm"])
@@ -130,7 +131,7 @@ def test_supremum_per_pair_and_per_example(done, copied):
 def test_recompute_against_torch_cumulative_average(done):
     out = done[0]
     args, data = prepared(out, "--batchnorm recompute")
-    state = common.read_tensors(folder(out) / "children.pt")
+    state = runs.read_tensors(folder(out) / "children.pt")
     found = lmc.measure(args, data, state["weights"], state["batchnorm"])
     order = common.generator(0, "sample").permutation(len(data.train_labels))
     batches = order[: len(order) // 64 * 64].reshape(-1, 64)
@@ -158,7 +159,7 @@ def test_recompute_against_torch_cumulative_average(done):
 def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
     out = done[0]
     args, data = prepared(out, f"--batchnorm {batchnorm} --alphas 3")
-    state = common.read_tensors(folder(out) / "children.pt")
+    state = runs.read_tensors(folder(out) / "children.pt")
     w, b = state["weights"], state["batchnorm"]
     same = lmc.measure(args, data, w[[0, 0]], b[[0, 0]])
     assert not same["loss_barrier_pairs"].any() and not same["error_barrier_pairs"].any()
@@ -171,7 +172,7 @@ def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
 @pytest.mark.parametrize(("alphas", "passes"), ((1, 6), (5, 12)))
 def test_every_network_runs_once(done, monkeypatch, alphas, passes):
     args, data = prepared(done[0], f"--alphas {alphas}")
-    state, seen = common.read_tensors(folder(done[0]) / "children.pt"), []
+    state, seen = runs.read_tensors(folder(done[0]) / "children.pt"), []
     usual = common.predict
 
     def predict(networks, data, images):
@@ -187,8 +188,8 @@ def test_child_0_is_level_0_of_imp_and_a_parent_is_the_same_w_tr(done, copied):
     out, results = done
     [dense] = imp.main(parse(out, "--rewind 10 --levels 0", imp))
     where = folder(out)
-    mine = common.read_tensors(where / "children.pt")
-    level = common.read_tensors(
+    mine = runs.read_tensors(where / "children.pt")
+    level = runs.read_tensors(
         out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt"
     )
     assert torch.equal(mine["weights"][0], level["weights"])
@@ -277,7 +278,7 @@ def test_onset():
 
 
 def test_a_child_that_diverges_ends_the_run(tmp_path):
-    with pytest.raises(common.UserError, match="child 0 from step 0 diverged"):
+    with pytest.raises(runs.UserError, match="child 0 from step 0 diverged"):
         lmc.main(parse(tmp_path, "--rewind 0 --lr 1e6"))
     [path] = tmp_path.glob("lmc/*/*/rep0/result.json")
     assert json.loads(path.read_text())["loss_barrier"] is None
@@ -295,7 +296,7 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line(tmp_path, line):
-    with pytest.raises(common.UserError, match=BAD[line]):
+    with pytest.raises(runs.UserError, match=BAD[line]):
         lmc.main(parse(tmp_path, line))
 
 
@@ -303,8 +304,8 @@ def test_a_parent_that_does_not_fit(done, tmp_path):
     parent = folder(done[0]) / "pretrained.pt"
     base = f"--quiet --out {tmp_path} --parent {parent} --milestones 20"
     narrow, other = "--steps 30 --width 4", tmp_path / "other.pt"
-    state = common.read_tensors(parent)
-    common.write_tensors(other, state | {"data": "0123456789abcdef"})
+    state = runs.read_tensors(parent)
+    runs.write_tensors(other, state | {"data": "0123456789abcdef"})
     cases = {
         "--steps 30 --width 8": "its network is",
         f"{narrow} --rewind 5": "trained for 10 steps",
@@ -314,5 +315,5 @@ def test_a_parent_that_does_not_fit(done, tmp_path):
         f"{narrow} --parent {tmp_path / 'none.pt'}": "does not exist",
     }
     for line, told in cases.items():
-        with pytest.raises(common.UserError, match=told):
+        with pytest.raises(runs.UserError, match=told):
             lmc.main(lmc.flags().parse_args([*base.split(), *line.split()]))

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import common
+import runs
 import pretrain
-from common import UserError
+from runs import UserError
 
 TINY = ("--subset", "random", "--size", 128, "--rewind", 8, "--every", 4, "--steps", 20)
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import common
+import runs
 import warmup
 
 TINY = (
@@ -289,5 +290,5 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line(tmp_path, line):
-    with pytest.raises(common.UserError, match=BAD[line]):
+    with pytest.raises(runs.UserError, match=BAD[line]):
         warmup.main(parse(tmp_path, line))
