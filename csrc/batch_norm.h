@@ -52,7 +52,7 @@ struct Channel {  // what the second pass needs of a channel
 struct BatchNorm {
   const void *x, *residual;  // residual or null
   void* y;
-  Type type;
+  bool half;
   const float *weight, *bias;
   float *running_mean, *running_var;  // or null
   float *mean, *rstd;
@@ -67,7 +67,7 @@ struct BatchNorm {
 struct BatchNormBackward {
   const void *dy, *x, *y;
   void *dx, *dresidual;
-  Type type;
+  bool half;
   const float *weight, *bias, *mean, *rstd;
   float *dweight, *dbias;
   Sums* partial;
@@ -396,7 +396,7 @@ void batch_norm_loop(const BatchNormBackward& a, const Parallel& parallel) {
 template <class Arguments, class Parallel>
 void run_batch_norm(const Arguments& a, const Parallel& parallel) {
   const bool wide = 64 % a.channels == 0;
-  if (a.type == Type::bf16)
+  if (a.half)
     wide ? batch_norm_loop<4, bf16>(a, parallel) : batch_norm_loop<0, bf16>(a, parallel);
   else
     wide ? batch_norm_loop<4, float>(a, parallel) : batch_norm_loop<0, float>(a, parallel);

@@ -1,50 +1,43 @@
-"""BatchNorm over the batch, a residual and ReLU in one: shapes, gradients, and what is left to the
-definition (float64, layouts other than channels-last, devices without a kernel, second derivatives).
-"""
+"""BatchNorm over the batch, a residual and ReLU in one, with its gradients."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-OPS = ("batch_norm_relu_forward", "batch_norm_relu_backward")
-TYPES = (torch.float32, torch.bfloat16)
 
+def compiled(definition: Callable, library: torch.library.Library) -> Callable:
+    """`definition` through the kernels; itself where there are none (float64, layouts other than
+    channels-last, devices without them) and for second derivatives.
+    """
+    ops = torch.ops.datadiet
+    forward_op = ops.batch_norm_relu_forward.default
+    backward_op = ops.batch_norm_relu_backward.default
+    types, channels_last = (torch.float32, torch.bfloat16), torch.channels_last
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    devices = [d for d in ("cpu", "cuda") if has_kernel(forward_op.name(), d.upper())]
 
-def register(library: Any) -> None:
-    """Shapes for fake tensors; no gradient through the bare operations, `fused` has it."""
-
-    @torch.library.register_fake("datadiet::batch_norm_relu_forward")
-    def _(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu):
+    def forward_shapes(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
-    @torch.library.register_fake("datadiet::batch_norm_relu_backward")
-    def _(dy, x, y, weight, bias, mean, rstd, relu):
+    def backward_shapes(dy, x, y, weight, bias, mean, rstd, relu):
         dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), dresidual
 
-    for name in OPS:
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-
-
-def fused(definition: Callable, devices: tuple[str, ...]) -> Callable:
-    """`definition` through the kernels on the device types named, wherever they apply."""
-    forward_op = torch.ops.datadiet.batch_norm_relu_forward.default
-    backward_op = torch.ops.datadiet.batch_norm_relu_backward.default
-    channels_last = torch.channels_last
+    for op, shapes in ((forward_op, forward_shapes), (backward_op, backward_shapes)):
+        torch.library.register_fake(op.name(), shapes, lib=library)
+        library.impl(op.name(), torch.library.fallthrough_kernel, "Autograd")
 
     class BatchNormRelu(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx, x, weight, bias, running_mean, running_var, residual, momentum, eps, relu
-        ):
+        def forward(ctx, x, weight, bias, running_mean, running_var, residual, momentum, eps, relu):
+            adds = residual is not None
             y, mean, rstd = forward_op(
                 x, weight, bias, running_mean, running_var, residual, momentum, eps, relu
             )
-            needs_y = relu and residual is not None  # else the mask is computed again from x
-            ctx.save_for_backward(x, weight, bias, mean, rstd, y if needs_y else None)
-            ctx.rest = residual is not None, momentum, eps, relu
+            # without a residual, what ReLU lets through is computed again from x
+            ctx.save_for_backward(x, weight, bias, mean, rstd, y if relu and adds else None)
+            ctx.rest = adds, momentum, eps, relu
             return y
 
         @staticmethod
@@ -54,24 +47,21 @@ def fused(definition: Callable, devices: tuple[str, ...]) -> Callable:
             if torch.is_grad_enabled():  # create_graph=True
                 if y is not None:
                     dy = torch.where(y <= 0, 0, dy)
-                z = definition(
-                    x, weight, bias, None, None, None, momentum, eps, relu and y is None
-                )
+                z = definition(x, weight, bias, None, None, None, momentum, eps, relu and y is None)
                 wanted = [t for t in (x, weight, bias) if t.requires_grad]
                 found = iter(torch.autograd.grad(z, wanted, dy, create_graph=True))
                 dx, dweight, dbias = (
                     next(found) if t.requires_grad else None for t in (x, weight, bias)
                 )
-                return dx, dweight, dbias, None, None, dy if adds else None, None, None, None
-            if not dy.is_contiguous(memory_format=channels_last):
-                dy = dy.contiguous(memory_format=channels_last)
-            dx, dweight, dbias, dresidual = backward_op(
-                dy, x, y, weight, bias, mean, rstd, relu
-            )
-            if not adds:
-                dresidual = None
-            elif y is None:
-                dresidual = dy
+                dresidual = dy if adds else None
+            else:
+                if not dy.is_contiguous(memory_format=channels_last):
+                    dy = dy.contiguous(memory_format=channels_last)
+                dx, dweight, dbias, dresidual = backward_op(
+                    dy, x, y, weight, bias, mean, rstd, relu
+                )
+                if y is None:
+                    dresidual = dy if adds else None
             return dx, dweight, dbias, None, None, dresidual, None, None, None
 
     apply = BatchNormRelu.apply
@@ -87,27 +77,21 @@ def fused(definition: Callable, devices: tuple[str, ...]) -> Callable:
         eps: float = 1e-5,
         relu: bool = True,
     ) -> Tensor:
-        if (
-            x.dtype in TYPES
-            and x.device.type in devices
+        fits = (
+            x.dtype in types
             and x.dim() == 4
             and x.is_contiguous(memory_format=channels_last)
-            and x.numel() > x.shape[1]  # else torch has the error
+            and x.device.type in devices
             and weight.dtype is torch.float32
-            and (
-                residual is None
-                or (
-                    residual.dtype is x.dtype
-                    and residual.shape == x.shape
-                    and residual.is_contiguous(memory_format=channels_last)
-                )
-            )
-        ):
-            return apply(
-                x, weight, bias, running_mean, running_var, residual, momentum, eps, relu
-            )
-        return definition(
-            x, weight, bias, running_mean, running_var, residual, momentum, eps, relu
+            and x.numel() > weight.numel()  # else the error is torch's
         )
+        if fits and residual is not None:
+            fits = (
+                residual.dtype is x.dtype
+                and residual.shape == x.shape
+                and residual.is_contiguous(memory_format=channels_last)
+            )
+        call = apply if fits else definition
+        return call(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu)
 
     return batch_norm_relu
