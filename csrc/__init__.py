@@ -5,9 +5,8 @@ later uses find the library in TORCH_EXTENSIONS_DIR or ~/.cache/datadiet. The de
 PyTorch, give `torch.compile` the shapes, and serve tensors on a device without a compiled form.
 """
 
-import atexit
 import contextlib
-import functools
+import fcntl
 import hashlib
 import json
 import os
@@ -113,9 +112,8 @@ def register(definitions: dict[str, Callable]) -> SimpleNamespace:
 
 def find(archs: tuple[int, ...]) -> tuple[Path, str] | None:
     """A library in the cache for this CPU, else a portable one, with code for all of `archs`."""
-    folder, _ = cache_folder()
     for portable in (False, True):
-        built = folder.glob(f"datadiet-{fingerprint(portable)}*.so")
+        built = cache_folder().glob(f"datadiet-{fingerprint(portable)}*.so")
         for library in sorted(built, key=lambda path: len(path.name)):
             if set(map(str, archs)) <= set(library.stem.split("-")[2:]) and trusted(library):
                 return library, ""
@@ -126,24 +124,28 @@ def build(archs: tuple[int, ...], portable: bool = False) -> tuple[Path, str]:
     """The library for this CPU, or for any like it, and the given compute capabilities, and a note
     if it was built now. Beside it lies ptxas' report (.log).
 
-    It is built in a folder of its own, then renamed into place: two processes may build at once,
-    and of a build that was killed nothing is taken.
+    It is built in a folder of its own, then renamed into place: of a build that was killed nothing
+    is taken. The lock, which the system takes back with the process, only spares a second process
+    the work.
     """
-    folder, private = cache_folder()
+    folder = cache_folder()
     name = "-".join(["datadiet", fingerprint(portable), *map(str, archs)])
     library = folder / f"{name}.so"
-    if trusted(library):
-        return library, ""
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-        report = compile_into(scratch, archs, portable)
-        Path(scratch, "ops.log").write_text(report)
-        Path(scratch, "ops.so").chmod(0o755)  # whatever the umask: see trusted()
-        os.replace(Path(scratch, "ops.log"), library.with_suffix(".log"))
-        os.replace(Path(scratch, "ops.so"), library)
+    with open(folder / "lock", "w") as lock:
+        with contextlib.suppress(OSError):  # some network disks have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if trusted(library):
+            return library, ""
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+            report = compile_into(scratch, archs, portable)
+            Path(scratch, "ops.log").write_text(report)
+            Path(scratch, "ops.so").chmod(0o755)  # whatever the umask: see trusted()
+            os.replace(Path(scratch, "ops.log"), library.with_suffix(".log"))
+            os.replace(Path(scratch, "ops.so"), library)
     seconds = time.perf_counter() - start
     devices = ", ".join(["any CPU" if portable else "the CPU", *(f"sm_{a}" for a in archs)])
-    return library, f"built for {devices} in {seconds:.0f} s, kept in {private or folder}"
+    return library, f"built for {devices} in {seconds:.0f} s, kept in {folder}"
 
 
 def compile_into(scratch: str, archs: tuple[int, ...], portable: bool) -> str:
@@ -204,19 +206,16 @@ def cuda_home() -> Path:
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-@functools.cache
-def cache_folder() -> tuple[Path, str]:
-    """A folder that only this user can write to, and a word about it if it is for once only."""
+def cache_folder() -> Path:
+    """A folder that only this user can write to."""
     root = os.path.expanduser(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache")
     folder = Path(root) / "datadiet"
     with contextlib.suppress(OSError):
         if not root.startswith("~"):  # a user without a home
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if trusted(folder) and os.access(folder, os.W_OK):
-        return folder, ""
-    scratch = tempfile.mkdtemp(prefix="datadiet-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return Path(scratch), f"a private folder for this run ({folder} is not this user's alone)"
+        return folder
+    raise BuildError(f"{folder} is not this user's alone (set TORCH_EXTENSIONS_DIR)")
 
 
 def trusted(path: Path) -> bool:

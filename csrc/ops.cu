@@ -10,6 +10,8 @@
 namespace datadiet {
 namespace {
 
+constexpr int THREADS = 256;
+
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
@@ -27,8 +29,6 @@ const char* launched() {
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- masked SGD ---------------------------------------------------------------------------------
-
-constexpr int THREADS = 256;
 
 // Four weights a thread (V = 4), or one where the rows do not start on 16 bytes; a row of blocks
 // for each row of weights.
@@ -80,144 +80,75 @@ struct RowLosses {
   float loss, error, norm;
 };
 
-// Few classes: a block of 128 threads brings 128 rows into shared memory and each thread reads one.
-// The pitch is odd, so that the threads' reads fall on different banks.
-// Many classes: a warp for each row; the second pass finds the row in the L1 cache.
-constexpr int TILE = 128, WARPS = TILE / 32;
-constexpr int64_t TILE_BYTES = 33 << 10;
-
-bool fits_tile(int64_t classes) {
-  return TILE * (classes | 1) * int64_t(sizeof(float)) <= TILE_BYTES;
-}
-
-__device__ __forceinline__ void fill_tile(const float* x, int count, int classes, float* tile) {
-  const int pitch = classes | 1;
-  int done = 0;
-  if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-    done = count / 4 * 4;
-#pragma unroll 2
-    for (int i = threadIdx.x * 4; i < done; i += TILE * 4) {
-      const auto pack = bit_cast<Pack<float, 4>>(__ldg(reinterpret_cast<const uint4*>(x + i)));
-      int row = i / classes, c = i - row * classes;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        tile[row * pitch + c] = pack.at[k];
-        if (++c == classes) c = 0, ++row;
-      }
-    }
-  }
-  for (int i = done + threadIdx.x; i < count; i += TILE)
-    tile[i / classes * pitch + i % classes] = x[i];
-}
-
-__device__ __forceinline__ RowLosses losses_of(const float* x, int classes, int label) {
-  const float own = x[label];
-  float top = -INFINITY, others = 0, squares = 0;
-  int wrong = 0;
-  for (int c = 0; c < classes; ++c) see_logit(x[c], own, c < label, top, wrong);
-  for (int group = 0; group < classes; group += GROUP) {
-    float sum = 0, sum_squares = 0;
-    const int end = group + GROUP < classes ? group + GROUP : classes;
-    for (int c = group; c < end; ++c) add_logit(x[c], top, c == label, sum, sum_squares);
-    others += sum;
-    squares += sum_squares;
-  }
-  RowLosses out;
-  finish_row(top, own, others, squares, out.loss, out.norm);
-  out.error = float(wrong);
-  return out;
-}
-
 template <class T>
 __device__ __forceinline__ T from_lane(T x, int offset) {
   return __shfl_xor_sync(0xffffffffu, x, offset);
 }
 
-__device__ __forceinline__ RowLosses losses_by_warp(const float* x, int classes, int label) {
-  const int lane = threadIdx.x % 32;
-  const float own = x[label];
+// A row's losses, by LANES neighbouring threads, all of which get the result; all threads of a warp
+// must come here together. The second pass finds the row in the L1 cache. A row past the end or a
+// label out of range gives NaN.
+template <int LANES>
+__device__ __forceinline__ RowLosses losses_of(const float* logits, int64_t row, int64_t n,
+                                               int classes, int64_t label) {
+  const bool known = row < n && label >= 0 && label < classes;
+  const float* const x = logits + (known ? row * classes : 0);
+  const int from = threadIdx.x % LANES, to = known ? classes : 0;
+  const float own = known ? x[label] : not_a_number();
   float top = -INFINITY, others = 0, squares = 0;
   int wrong = 0;
 #pragma unroll 4
-  for (int c = lane; c < classes; c += 32) see_logit(x[c], own, c < label, top, wrong);
+  for (int c = from; c < to; c += LANES) see_logit(x[c], own, c < label, top, wrong);
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) {
+  for (int offset = LANES / 2; offset; offset /= 2) {
     const float other = from_lane(top, offset);
     top = other > top ? other : top;
     wrong |= from_lane(wrong, offset);
   }
 #pragma unroll 4
-  for (int c = lane; c < classes; c += 32) add_logit(x[c], top, c == label, others, squares);
+  for (int c = from; c < to; c += LANES) add_logit(x[c], top, c == label, others, squares);
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) {  // a + b = b + a: every lane ends with the same sum
+  for (int offset = LANES / 2; offset; offset /= 2) {  // a + b = b + a: all lanes get the same sum
     others += from_lane(others, offset);
     squares += from_lane(squares, offset);
   }
   RowLosses out;
   finish_row(top, own, others, squares, out.loss, out.norm);
-  out.error = float(wrong);
+  out.error = known ? float(wrong) : own;
   return out;
 }
 
-// The losses of this thread's row of `logits` (n, classes), TILED, or of this warp's. All threads
-// of a block must come here together. A label out of range gives NaN.
-template <bool TILED>
-__device__ __forceinline__ RowLosses losses_of_mine(const float* x, int64_t n, int classes,
-                                                    int64_t row, int64_t label) {
-  const bool known = label >= 0 && label < classes;
-  RowLosses out = {not_a_number(), not_a_number(), not_a_number()};
-  if constexpr (TILED) {
-    extern __shared__ __align__(16) float tile[];
-    const int64_t first = int64_t(blockIdx.x) * TILE;
-    const int rows = int(n - first < TILE ? n - first : TILE);
-    __syncthreads();  // the tile before this one has been read
-    fill_tile(x + first * classes, rows * classes, classes, tile);
-    __syncthreads();
-    if (row < n && known) out = losses_of(tile + threadIdx.x * (classes | 1), classes, int(label));
-  } else {
-    if (row < n && known) out = losses_by_warp(x + row * classes, classes, int(label));
-  }
-  return out;
-}
-
-template <bool TILED>
-__device__ __forceinline__ int64_t my_row() {
-  return TILED ? int64_t(blockIdx.x) * TILE + threadIdx.x
-               : int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
-}
-
-template <bool TILED>
-__global__ void __launch_bounds__(TILE) losses_kernel(const Losses a) {
-  const int64_t row = my_row<TILED>();
+template <int LANES>
+__global__ void __launch_bounds__(THREADS) losses_kernel(const Losses a) {
+  const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / LANES;
   const int64_t label = row < a.n ? a.labels[row] : 0;
-  const auto mine = losses_of_mine<TILED>(a.logits, a.n, int(a.classes), row, label);
-  if (row >= a.n || (!TILED && threadIdx.x % 32)) return;
+  const auto mine = losses_of<LANES>(a.logits, row, a.n, int(a.classes), label);
+  if (row >= a.n || threadIdx.x % LANES) return;
   a.loss[row] = mine.loss;
   a.error[row] = mine.error;
   a.norm[row] = mine.norm;
 }
 
-template <bool TILED>
-__global__ void __launch_bounds__(TILE) barrier_kernel(const Barrier a) {
-  const int64_t row = my_row<TILED>();
+template <int LANES>
+__global__ void __launch_bounds__(THREADS) barrier_kernel(const Barrier a) {
+  const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / LANES;
   const int64_t label = row < a.n ? a.labels[row] : 0;
-  const int classes = int(a.classes);
-  const auto first = losses_of_mine<TILED>(a.first, a.n, classes, row, label);
-  const auto second = losses_of_mine<TILED>(a.second, a.n, classes, row, label);
-  const auto middle = losses_of_mine<TILED>(a.middle, a.n, classes, row, label);
-  if (row >= a.n || (!TILED && threadIdx.x % 32)) return;
+  const auto first = losses_of<LANES>(a.first, row, a.n, int(a.classes), label);
+  const auto second = losses_of<LANES>(a.second, row, a.n, int(a.classes), label);
+  const auto middle = losses_of<LANES>(a.middle, row, a.n, int(a.classes), label);
+  if (row >= a.n || threadIdx.x % LANES) return;
   a.loss[row] = barrier(middle.loss, first.loss, second.loss, a.alpha);
   a.error[row] = barrier(middle.error, first.error, second.error, a.alpha);
 }
 
+// Few classes: four rows a warp.
 template <class Arguments>
-const char* launch_rows(void (*tiled)(Arguments), void (*by_warp)(Arguments), const Arguments& a,
+const char* launch_rows(void (*few)(Arguments), void (*many)(Arguments), const Arguments& a,
                         void* stream) {
-  const bool fits = fits_tile(a.classes);
-  const int64_t blocks = divide_up(a.n, fits ? TILE : WARPS);
+  const int lanes = a.classes <= 16 ? 8 : 32;
+  const int64_t blocks = divide_up(a.n, THREADS / lanes);
   if (blocks > INT32_MAX) return "more rows than one launch takes";
-  const size_t bytes = fits ? TILE * size_t(a.classes | 1) * sizeof(float) : 0;
-  (fits ? tiled : by_warp)<<<unsigned(blocks), TILE, bytes, static_cast<cudaStream_t>(stream)>>>(a);
+  (lanes == 8 ? few : many)<<<unsigned(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(a);
   return launched();
 }
 
@@ -278,11 +209,11 @@ const char* launch(const Sgd& a, void* stream) {
 }
 
 const char* launch(const Losses& a, void* stream) {
-  return launch_rows(losses_kernel<true>, losses_kernel<false>, a, stream);
+  return launch_rows(losses_kernel<8>, losses_kernel<32>, a, stream);
 }
 
 const char* launch(const Barrier& a, void* stream) {
-  return launch_rows(barrier_kernel<true>, barrier_kernel<false>, a, stream);
+  return launch_rows(barrier_kernel<8>, barrier_kernel<32>, a, stream);
 }
 
 const char* launch(const Augment& a, void* stream) {
