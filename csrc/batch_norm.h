@@ -45,6 +45,8 @@ HD Sums moments(double n, double shift, double e, double q) {
   return {n * shift + e, q + shift * (2 * e + n * shift)};
 }
 
+constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to add up
+
 struct Channel {  // what the second pass needs of a channel
   float mean, scale, bias;
 };
@@ -56,7 +58,7 @@ struct BatchNorm {
   const float *weight, *bias;
   float *running_mean, *running_var;  // or null
   float *mean, *rstd;
-  Sums* partial;  // (parts(), channels), on a card
+  Sums* partial;  // (PARTS, channels), on a card
   int64_t pixels, channels;
   double momentum, eps;
   bool relu;
@@ -110,7 +112,6 @@ HD Slope finish(const BatchNormBackward& a, int64_t c, Sums sums, bool writes) {
 }
 
 // Each returns null, or why the launch failed.
-int64_t parts(int64_t pixels, int64_t channels);  // rows of `partial`
 const char* launch(const BatchNorm&, void* stream);
 const char* launch(const BatchNormBackward&, void* stream);
 

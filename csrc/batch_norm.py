@@ -6,7 +6,23 @@ import torch
 from torch import Tensor
 
 
-def compiled(definition: Callable, library: torch.library.Library) -> Callable:
+def register(library: torch.library.Library) -> None:
+    """Shapes for fake tensors; the bare operations have no gradient, `compiled` gives it to them."""
+
+    def forward_shapes(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu):
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+    def backward_shapes(dy, x, y, weight, bias, mean, rstd, relu):
+        dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), dresidual
+
+    shapes = {"batch_norm_relu_forward": forward_shapes, "batch_norm_relu_backward": backward_shapes}
+    for name, function in shapes.items():
+        torch.library.register_fake(f"datadiet::{name}", function, lib=library)
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def compiled(definition: Callable) -> Callable:
     """`definition` through the kernels; itself where there are none (float64, layouts other than
     channels-last, devices without them) and for second derivatives.
     """
@@ -16,17 +32,6 @@ def compiled(definition: Callable, library: torch.library.Library) -> Callable:
     types, channels_last = (torch.float32, torch.bfloat16), torch.channels_last
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     devices = [d for d in ("cpu", "cuda") if has_kernel(forward_op.name(), d.upper())]
-
-    def forward_shapes(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu):
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-    def backward_shapes(dy, x, y, weight, bias, mean, rstd, relu):
-        dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), dresidual
-
-    for op, shapes in ((forward_op, forward_shapes), (backward_op, backward_shapes)):
-        torch.library.register_fake(op.name(), shapes, lib=library)
-        library.impl(op.name(), torch.library.fallthrough_kernel, "Autograd")
 
     class BatchNormRelu(torch.autograd.Function):
         @staticmethod

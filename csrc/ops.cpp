@@ -378,10 +378,9 @@ void expect_channels_last(const char* argument, const Tensor& t, const Tensor& b
                            " on " + device_text(t));
 }
 
-Tensor partial_sums(const Tensor& x, int64_t pixels, int64_t channels) {
+Tensor partial_sums(const Tensor& x, int64_t channels) {
 #ifdef USE_CUDA
-  if (x.is_cuda()) return torch::stable::new_empty(x, {parts(pixels, channels), channels, 2},
-                                                  ScalarType::Double);
+  if (x.is_cuda()) return torch::stable::new_empty(x, {PARTS, channels, 2}, ScalarType::Double);
 #endif
   return x;  // on the CPU the loops have their own
 }
@@ -405,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
   if (residual) expect_channels_last("residual", *residual, x);
   const Tensor y = torch::stable::empty_like(x), mean = torch::stable::new_empty(x, {channels}, F32),
                rstd = torch::stable::new_empty(x, {channels}, F32),
-               partial = partial_sums(x, pixels, channels);
+               partial = partial_sums(x, channels);
   dispatch(BatchNorm{x.data_ptr(), residual ? residual->data_ptr() : nullptr, y.data_ptr(),
                      x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
                      running_mean ? data<float>(*running_mean) : nullptr,
@@ -432,7 +431,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
                dresidual = y ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0}),
                dweight = torch::stable::new_empty(x, {channels}, F32),
                dbias = torch::stable::new_empty(x, {channels}, F32),
-               partial = partial_sums(x, pixels, channels);
+               partial = partial_sums(x, channels);
   dispatch(BatchNormBackward{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr,
                              dx.data_ptr(), y ? dresidual.data_ptr() : nullptr,
                              x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
