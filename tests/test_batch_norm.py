@@ -1,7 +1,11 @@
 """BatchNorm + residual + ReLU of csrc/ against float64, PyTorch, and itself."""
 
 import itertools
+import os
+import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +207,21 @@ def test_a_nan_stays_one_and_wrong_arguments_are_named(kernels):
         kernels(x, weight, bias[:3], mean, var)
     with pytest.raises(RuntimeError, match="both be given"):
         kernels(x, weight, bias, mean, None)
+
+
+def test_kernels_for_a_card_run_on_the_cpu_under_the_address_sanitizer(tmp_path):
+    folder, cuda = Path(csrc.__file__).parent, []
+    for name in ("ops.cu", "batch_norm.cuh"):
+        text = (folder / name).read_text().replace("#include <cuda_runtime.h>", "")
+        text = text.replace('#include "batch_norm.cuh"', "").replace("#pragma unroll", "//")
+        launch = r"([\w(][^;{}\n]*?)<<<(.*?), (\w*THREADS), 0, .*?>>>\(([^;]*)\);"
+        cuda.append(re.sub(launch, r"shim::launch(\2, \3, [&] { (\1)(\4); });", text))
+    shim = '#include "cuda_shim.h"\n'
+    (tmp_path / "ops_on_cpu.h").write_text(shim + "\n".join(cuda))
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += [f"-I{p}" for p in (tmp_path, Path(__file__).parent, folder)]
+    source, program = Path(__file__).parent / "batch_norm_shim.cpp", tmp_path / "program"
+    subprocess.run(["g++", *flags, source, "-o", program], check=True)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    done = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
