@@ -73,8 +73,8 @@ __device__ __forceinline__ void write(void* to, int64_t at, const float (&from)[
 }
 
 template <int V>
-__device__ __forceinline__ void write_partial(const Place& p, const Sums (&mine)[V], int64_t channels,
-                                              Sums* partial) {
+__device__ __forceinline__ void write_partial(const Place& p, const Sums (&mine)[V],
+                                              int64_t channels, Sums* partial) {
   __shared__ Sums rows[NORM_THREADS * V], scratch[NORM_THREADS];
   const int width = p.packs * V;
   if (p.row < p.rows)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def register(library: torch.library.Library) -> None:
-    """Shapes for fake tensors; the bare operations have no gradient, `compiled` gives it to them."""
+    """Shapes for fake tensors; the bare operations have no gradient, what `compiled` gives has."""
 
     def forward_shapes(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
@@ -16,10 +16,9 @@ def register(library: torch.library.Library) -> None:
         dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), dresidual
 
-    shapes = {"batch_norm_relu_forward": forward_shapes, "batch_norm_relu_backward": backward_shapes}
-    for name, function in shapes.items():
-        torch.library.register_fake(f"datadiet::{name}", function, lib=library)
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    for name, shapes in (("forward", forward_shapes), ("backward", backward_shapes)):
+        torch.library.register_fake(f"datadiet::batch_norm_relu_{name}", shapes, lib=library)
+        library.impl(f"batch_norm_relu_{name}", torch.library.fallthrough_kernel, "Autograd")
 
 
 def compiled(definition: Callable) -> Callable:

@@ -402,7 +402,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
     expect("running_var", *running_var, {F32}, {channels}, x);
   }
   if (residual) expect_channels_last("residual", *residual, x);
-  const Tensor y = torch::stable::empty_like(x), mean = torch::stable::new_empty(x, {channels}, F32),
+  const Tensor y = torch::stable::empty_like(x),
+               mean = torch::stable::new_empty(x, {channels}, F32),
                rstd = torch::stable::new_empty(x, {channels}, F32),
                partial = partial_sums(x, channels);
   dispatch(BatchNorm{x.data_ptr(), residual ? residual->data_ptr() : nullptr, y.data_ptr(),
