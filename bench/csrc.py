@@ -21,7 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-import csrc
 
 ROWS, COLUMNS, PRUNABLE = 4, 272_480, 270_896  # ResNet-20, four replicates; rows padded to 16
 RESNET20 = [432, *[2304] * 6, 4608, *[9216] * 5, 18432, *[36864] * 5, 512, 2048, 640]  # prunable
@@ -39,7 +38,7 @@ def sgd_row_matrix(device: str, rows: int = ROWS) -> Callable[[], None]:
     w, m, g = (normal(rows, COLUMNS, device=device) for _ in range(3))
     mask = normal(rows, PRUNABLE, device=device) > 0
     lr = torch.tensor([0.1], device=device)
-    return lambda: csrc.load().masked_sgd_(w, m, g, mask, lr, 0.9, 1e-4)
+    return lambda: common.operations().masked_sgd_(w, m, g, mask, lr, 0.9, 1e-4)
 
 
 def sgd_torch(
@@ -79,19 +78,23 @@ def pairs(device: str) -> dict[str, tuple[Callable, Callable]]:
     for n, classes in ((50_000, 10), (50_000, 100)):
         x, a, b = (normal(n, classes, device=device) for _ in range(3))
         y = torch.arange(n, device=device) % classes
-        alpha = torch.tensor([0.5], device=device)
-        for name, args in (("example_losses", (x, y)), ("loss_barrier", (x[None], a, b, y, alpha))):
+        for name, args in (("example_losses", (x, y)), ("loss_barrier", (x, a, b, y))):
             out[f"{name}, {n} x {classes}"] = sides(name, args)
     images = torch.randint(0, 256, (50_000, 32, 32, 3), generator=SEED, dtype=torch.uint8)
-    scale, shift = torch.rand(3) / 50, torch.rand(3)
     indices = torch.randint(0, 50_000, (512,), generator=SEED)
-    args = (images, indices, torch.tensor([1, 2]), torch.tensor([3]), scale, shift)
-    out["augment, 512 of 32x32x3"] = sides("augment", (*(x.to(device) for x in args), 4, True))
+    args = (images, indices, crops(512), torch.rand(3) / 50, torch.rand(3))
+    out["augment, 512 of 32x32x3"] = sides("augment", tuple(x.to(device) for x in args))
     return out
 
 
+def crops(n: int) -> Tensor:
+    """Corners up to 4 pixels outside, and flips."""
+    corners = torch.randint(-4, 5, (n, 2), generator=SEED)
+    return torch.cat([corners, torch.randint(0, 2, (n, 1), generator=SEED)], 1)
+
+
 def sides(name: str, args: tuple) -> tuple[Callable, Callable]:
-    definition, ours = getattr(common, name).definition, getattr(csrc.load(), name)
+    definition, ours = getattr(common, name).definition, getattr(common.operations(), name)
     return lambda: definition(*args), lambda: ours(*args)
 
 
@@ -138,10 +141,10 @@ def bandwidth(rounds: int) -> None:
     wide = [normal(n // 10, 100, device=device) for _ in range(3)]
     x = [w.view(n, 10) for w in wide]
     y, y100 = (torch.arange(k, device=device) % c for k, c in ((n, 10), (n // 10, 100)))
-    alpha, ops = torch.tensor([0.5], device=device), csrc.load()
+    ops = common.operations()
     images = torch.zeros(50_000, 32, 32, 3, dtype=torch.uint8, device=device)
-    key, step, affine = torch.tensor([1, 2]), torch.tensor([3]), torch.rand(3)
-    draw = [t.to(device) for t in (torch.randperm(50_000), key, step, affine, affine)]
+    affine = torch.rand(3)
+    draw = [t.to(device) for t in (torch.randperm(50_000), crops(50_000), affine, affine)]
     calls = {  # name: (bytes it must move, call)
         "copy": (2 * wide[0].nbytes, lambda: wide[1].copy_(wide[0])),
         "masked_sgd_": (
@@ -150,12 +153,9 @@ def bandwidth(rounds: int) -> None:
         ),
         "example_losses, C 10": (n * 60, lambda: ops.example_losses(x[0], y)),
         "example_losses, C 100": (n // 10 * 420, lambda: ops.example_losses(wide[0], y100)),
-        "loss_barrier, C 10": (n * 144, lambda: ops.loss_barrier(x[0][None], *x[1:], y, alpha)),
-        "loss_barrier, C 100": (
-            n // 10 * 1224,
-            lambda: ops.loss_barrier(wide[0][None], *wide[1:], y100, alpha),
-        ),
-        "augment": (images.numel() * 5, lambda: ops.augment(images, *draw, 4, True)),
+        "loss_barrier, C 10": (n * 136, lambda: ops.loss_barrier(*x, y)),
+        "loss_barrier, C 100": (n // 10 * 1216, lambda: ops.loss_barrier(*wide, y100)),
+        "augment": (images.numel() * 5, lambda: ops.augment(images, *draw)),
     }
     times = clock([call for _, call in calls.values()], device, rounds)
     moved = [size for size, _ in calls.values()]

@@ -24,8 +24,10 @@ from types import SimpleNamespace
 
 import torch
 
+from csrc import batch_norm
+
 HERE = Path(__file__).resolve().parent
-SOURCES = ("math.h", "ops.cpp", "ops.cu")
+SOURCES = ("math.h", "batch_norm.h", "ops.cpp", "batch_norm.cuh", "ops.cu")
 # no contraction and no fast-math: one arithmetic on every processor, see math.h
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-Xptxas=-v"]
@@ -100,6 +102,9 @@ def register(definitions: dict[str, Callable]) -> SimpleNamespace:
         _library.impl(name, definitions[name], "CompositeExplicitAutograd")
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     ops = {name: getattr(torch.ops.datadiet, name) for name in compiled}
+    batch_norm.register(_library)
+    if "batch_norm_relu" in definitions:
+        ops["batch_norm_relu"] = batch_norm.compiled(definitions["batch_norm_relu"])
     return SimpleNamespace(**{**definitions, **ops})
 
 

@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "batch_norm.h"
 #include "math.h"
 
 namespace datadiet {
@@ -247,6 +248,16 @@ void augment_loop(const Augment& a) {
 
 void run(const Augment& a) { (a.half ? augment_loop<bf16> : augment_loop<float>)(a); }
 
+constexpr int64_t CHUNKS = 4;  // of batch_norm.h, below which a thread of its own does not pay
+
+void run(const BatchNorm& a) {
+  run_batch_norm(a, [](int64_t n, const auto& body) { parallel_for(n, CHUNKS, body); });
+}
+
+void run(const BatchNormBackward& a) {
+  run_batch_norm(a, [](int64_t n, const auto& body) { parallel_for(n, CHUNKS, body); });
+}
+
 // ---- the operations -----------------------------------------------------------------------------
 
 template <class Arguments>
@@ -347,6 +358,90 @@ Tensor augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor
   return out;
 }
 
+// Channels-last, float32 or bfloat16, on the device of `beside`; of its shape and type if not it.
+void expect_channels_last(const char* argument, const Tensor& t, const Tensor& beside) {
+  const auto type = t.scalar_type();
+  const auto sizes = t.sizes(), strides = t.strides(), wanted = beside.sizes();
+  bool ok = sizes.size() == 4 && wanted.size() == 4 && (type == F32 || type == BF16) &&
+            type == beside.scalar_type() && t.is_cpu() == beside.is_cpu() &&
+            t.get_device_index() == beside.get_device_index();
+  int64_t dense = 1;
+  for (int i : {1, 3, 2, 0}) {
+    ok = ok && sizes[i] == wanted[i] && (sizes[i] == 1 || strides[i] == dense);
+    if (ok) dense *= sizes[i];
+  }
+  if (ok) return;
+  throw std::runtime_error(std::string(argument) + " must be a channels-last " +
+                           shape_text(wanted) + " tensor of " +
+                           (beside.scalar_type() == BF16 ? "bfloat16" : "float32") + " on " +
+                           device_text(beside) + ", got " + shape_text(sizes) + " " + name(type) +
+                           " on " + device_text(t));
+}
+
+Tensor partial_sums(const Tensor& x, int64_t channels) {
+#ifdef USE_CUDA
+  if (x.is_cuda()) return torch::stable::new_empty(x, {PARTS, channels, 2}, ScalarType::Double);
+#endif
+  return x;  // on the CPU the loops have their own
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
+    Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::optional<Tensor> residual, double momentum, double eps,
+    bool relu) {
+  expect_channels_last("x", x, x);
+  const int64_t channels = x.size(1), pixels = x.size(0) * x.size(2) * x.size(3);
+  expect("x", pixels > 1, "of more than one value a channel", pixels);
+  expect("x", channels > 0, "of at least one channel", channels);
+  expect("weight", weight, {F32}, {channels}, x);
+  expect("bias", bias, {F32}, {channels}, x);
+  if (running_mean.has_value() != running_var.has_value())
+    throw std::runtime_error("running_mean and running_var must both be given, or neither");
+  if (running_mean) {
+    expect("running_mean", *running_mean, {F32}, {channels}, x);
+    expect("running_var", *running_var, {F32}, {channels}, x);
+  }
+  if (residual) expect_channels_last("residual", *residual, x);
+  const Tensor y = torch::stable::empty_like(x),
+               mean = torch::stable::new_empty(x, {channels}, F32),
+               rstd = torch::stable::new_empty(x, {channels}, F32),
+               partial = partial_sums(x, channels);
+  dispatch(BatchNorm{x.data_ptr(), residual ? residual->data_ptr() : nullptr, y.data_ptr(),
+                     x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
+                     running_mean ? data<float>(*running_mean) : nullptr,
+                     running_var ? data<float>(*running_var) : nullptr, data<float>(mean),
+                     data<float>(rstd), data<Sums>(partial), pixels, channels, momentum, eps, relu},
+           x);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
+    Tensor dy, Tensor x, std::optional<Tensor> y, Tensor weight, Tensor bias, Tensor mean,
+    Tensor rstd, bool relu) {
+  expect_channels_last("x", x, x);
+  expect_channels_last("dy", dy, x);
+  const int64_t channels = x.size(1), pixels = x.size(0) * x.size(2) * x.size(3);
+  expect("x", x.numel() > 0, "of at least one value", x.numel());
+  if (y) {
+    expect_channels_last("y", *y, x);
+    expect("relu", relu, "true where y is given", relu);
+  }
+  for (const Tensor* t : {&weight, &bias, &mean, &rstd})
+    expect("weight, bias, mean and rstd", *t, {F32}, {channels}, x);
+  const Tensor dx = torch::stable::empty_like(x),
+               dresidual = y ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0}),
+               dweight = torch::stable::new_empty(x, {channels}, F32),
+               dbias = torch::stable::new_empty(x, {channels}, F32),
+               partial = partial_sums(x, channels);
+  dispatch(BatchNormBackward{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr,
+                             dx.data_ptr(), y ? dresidual.data_ptr() : nullptr,
+                             x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
+                             data<float>(mean), data<float>(rstd), data<float>(dweight),
+                             data<float>(dbias), data<Sums>(partial), pixels, channels, relu},
+           x);
+  return {dx, dweight, dbias, dresidual};
+}
+
 }  // namespace datadiet
 
 STABLE_TORCH_LIBRARY(datadiet, m) {
@@ -360,13 +455,23 @@ STABLE_TORCH_LIBRARY(datadiet, m) {
   m.def(
       "augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor shift, "
       "ScalarType dtype=float) -> Tensor");
+  m.def(
+      "batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor? residual, float momentum, float eps, bool relu) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "batch_norm_relu_backward(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor bias, "
+      "Tensor mean, Tensor rstd, bool relu) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
 }
 
-#define REGISTER(m)                                               \
-  m.impl("masked_sgd_", TORCH_BOX(&datadiet::masked_sgd_));       \
-  m.impl("example_losses", TORCH_BOX(&datadiet::example_losses)); \
-  m.impl("loss_barrier", TORCH_BOX(&datadiet::loss_barrier));     \
-  m.impl("augment", TORCH_BOX(&datadiet::augment))
+#define REGISTER(m)                                                                 \
+  m.impl("masked_sgd_", TORCH_BOX(&datadiet::masked_sgd_));                         \
+  m.impl("example_losses", TORCH_BOX(&datadiet::example_losses));                   \
+  m.impl("loss_barrier", TORCH_BOX(&datadiet::loss_barrier));                       \
+  m.impl("augment", TORCH_BOX(&datadiet::augment));                                 \
+  m.impl("batch_norm_relu_forward", TORCH_BOX(&datadiet::batch_norm_relu_forward)); \
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&datadiet::batch_norm_relu_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(datadiet, CPU, m) { REGISTER(m); }
 #ifdef USE_CUDA

@@ -222,3 +222,5 @@ const char* launch(const Augment& a, void* stream) {
 }
 
 }  // namespace datadiet
+
+#include "batch_norm.cuh"

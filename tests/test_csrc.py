@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -346,71 +347,90 @@ def test_a_step_compiles_to_one_graph_and_its_losses_refuse_a_gradient(ops):
 # ---- build ---------------------------------------------------------------------------------------
 
 LOAD = """
+import os; os.umask(0)  # the library is still no one else's to write
 import csrc, sys
 ops = csrc.load({"example_losses": print, "not_compiled": len})
 assert not any(x in sys.modules for x in ("common", "torch.utils.cpp_extension"))
-assert ops is None or ops is csrc.load({}) and ops.not_compiled("ab") == 2
-print(ops and ops.example_losses.default)
+assert ops is csrc.load({}) and ops.not_compiled("ab") == 2
+print(ops.example_losses.default)
 """
-BUILT = "datadiet.example_losses.default"
-NOWHERE = {"PATH": "/nowhere", "CXX": "/nowhere/g++"}
 
 
-def start(code: str, cache: Path, **environment: str) -> subprocess.Popen:
-    """Python on `code`, with a cache of its own and no card."""
+def start(cache: Path) -> subprocess.Popen:
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env | environment, **pipe)
+    command = [sys.executable, "-c", LOAD]
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipe)
 
 
-def output(process: subprocess.Popen) -> tuple[str, str]:
-    out, err = process.communicate()
-    assert process.returncode == 0 and len(err.splitlines()) <= 1, err
-    return out.strip(), err
-
-
-def test_a_killed_build_then_two_at_once_then_one_that_finds_it(tmp_path):
-    killed = start(LOAD, tmp_path)
+def test_after_a_killed_build_two_at_once_build_one_library(tmp_path):
+    killed = start(tmp_path)
     while not list(tmp_path.glob("datadiet/*/build.ninja")):
         assert killed.poll() is None
         time.sleep(0.01)
-    killed.kill()
+    os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    code = f"import os; os.umask(0)\n{LOAD}"  # the library is still no one else's to write
-    results = [output(p) for p in [start(code, tmp_path), start(code, tmp_path)]]
-    assert {out for out, _ in results} == {BUILT}
-    waited, built = sorted(err for _, err in results)
-    assert not waited and "csrc: built for the CPU in" in built
-    assert len(list(tmp_path.glob("datadiet/*.so"))) == 1
-    assert output(start(LOAD, tmp_path, **NOWHERE)) == (BUILT, "")
+    both = [start(tmp_path), start(tmp_path)]
+    results = [(*p.communicate(), p.returncode) for p in both]
+    assert {(out, code) for out, _, code in results} == {("datadiet.example_losses.default\n", 0)}
+    waited, built = sorted(err for _, err, _ in results)
+    assert not waited and len(built.splitlines()) == 1 and "csrc: built for the CPU in" in built
+    (library,) = tmp_path.glob("datadiet/*.so")
+    assert csrc.trusted(library)
 
 
-def test_a_portable_library_serves_where_nothing_can_be_built(tmp_path):
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """The libraries that load_library() would load, out of a cache of the test's own."""
+    paths = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.ops, "load_library", paths.append)
+    monkeypatch.setattr(csrc, "card_archs", tuple)
+    return paths
+
+
+def test_a_portable_library_serves_where_nothing_can_be_built(loaded, tmp_path, monkeypatch, capfd):
     """As on a node with a card of compute capability 9.0 but no toolkit and no compiler."""
-    code = "import sys; from csrc.__main__ import main; sys.exit(main((), True))"
-    assert "built for any CPU" in output(start(code, tmp_path))[0]
-    code = f"import csrc; csrc.card_archs = lambda: (90,)\n{LOAD}"
-    out, err = output(start(code, tmp_path, CUDA_HOME=str(tmp_path)))
-    assert out == BUILT
-    assert f"no nvcc in CUDA_HOME={tmp_path}, CUDA tensors use the PyTorch defi" in err
-    assert output(start(LOAD, tmp_path, **NOWHERE)) == (BUILT, "")
+    portable, note = csrc.build((), portable=True)
+    assert "built for any CPU" in note
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert csrc.load_library() and not capfd.readouterr().err
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(csrc, "card_archs", lambda: (90,))
+    assert csrc.load_library() and loaded == [portable] * 2
+    line = f"no nvcc in CUDA_HOME={tmp_path}, CUDA tensors use the PyTorch definitions"
+    assert capfd.readouterr().err == f"csrc: {line}\n"
+
+
+def test_a_library_for_more_cards_serves_each_and_a_native_one_goes_first(loaded, tmp_path):
+    (tmp_path / "datadiet").mkdir(0o700)
+    native, portable = csrc.fingerprint(False), csrc.fingerprint(True)
+    for name in (f"{native}-80-90", f"{portable}-86", portable, native):
+        (tmp_path / f"datadiet/datadiet-{name}.so").touch(0o700)
+    found = [csrc.find(archs) for archs in ((), (80,), (80, 90), (86,), (75,))]
+    names = [path and path[0].stem.removeprefix("datadiet-") for path in found]
+    assert names == [native, f"{native}-80-90", f"{native}-80-90", f"{portable}-86", None]
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
-    [(NOWHERE, "no C++ compiler"), ({"CXX": shutil.which("false")}, "the build failed")],
+    ("compiler", "message"),
+    [("/nowhere/g++", "no C++ compiler"), (shutil.which("false"), "the build failed")],
 )
-def test_no_working_compiler_means_the_definitions_and_one_line(tmp_path, environment, message):
-    out, err = output(start(LOAD, tmp_path, **environment))
-    assert out == "None" and message in err and "all tensors use the PyTorch definitions" in err
+def test_no_working_compiler_means_the_definitions(loaded, monkeypatch, capfd, compiler, message):
+    monkeypatch.setenv("CXX", compiler)
+    assert not csrc.load_library() and not loaded
+    err = capfd.readouterr().err
+    assert message in err and "all tensors use the PyTorch definitions" in err
+    assert len(err.splitlines()) == 1
 
 
-def test_a_cache_that_others_can_write_to_is_not_used(tmp_path):
+def test_a_cache_that_others_can_write_to_is_not_used(loaded, tmp_path, capfd):
     (tmp_path / "datadiet").mkdir()
     (tmp_path / "datadiet").chmod(0o777)
     (tmp_path / f"datadiet/datadiet-{csrc.fingerprint(False)}.so").write_bytes(b"not a library")
-    out, err = output(start(LOAD, tmp_path))
-    assert out == "None" and "set TORCH_EXTENSIONS_DIR" in err
+    assert not csrc.load_library() and not loaded
+    assert "set TORCH_EXTENSIONS_DIR" in capfd.readouterr().err
 
 
 def test_spills_are_read_from_the_report():
