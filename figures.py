@@ -328,6 +328,7 @@ def paper_warmup(c: Curve) -> dict[int, Stat]:
     rows = paper_rows("warmup_curves.csv")
     rows = [x for x in rows if tuple(x[k] for k in keys) == wanted.get(c.subset)]
     stat = ("test_accuracy_mean", "test_accuracy_std", "n_replicates")
+    rows = [x for x in rows if x[stat[0]]]  # a few points of the windows could not be read
     return {int(x["warmup_steps"]): paper_stat(*(x[k] for k in stat)) for x in rows}
 
 
