@@ -51,6 +51,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 
 import common
@@ -493,6 +494,7 @@ def panels(count: int, columns: int = 3, width: float = 3.1) -> tuple[Figure, li
     rows = -(-count // columns)
     size = (width * columns, 2.5 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for ax in axes.flat[count:]:
         ax.axis("off")
     return figure, list(axes.flat[:count])
@@ -502,7 +504,9 @@ def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "") -> None:
     """Names of the axes, and the legend below them, where it hides nothing."""
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.24), handlelength=4)
+        below_labels = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
+        place = {"bbox_to_anchor": (-0.1, 0), "bbox_transform": below_labels}
+        ax.legend(loc="upper left", handlelength=4, **place)
 
 
 def ticks(ax: Axes, values: Iterable[int]) -> None:
@@ -662,7 +666,7 @@ def fig5(r: Results) -> Pictures:
         if not any(k[1:] == (size, t) for k in mine):
             size, t = main_setting(usual(curves))
         four = [("all", 0, t), ("all", 0, 2 * t), ("random", size, t), ("easy", size, t)]
-        figure, axes = panels(6)
+        (figure, axes), handles = panels(6), {}
         for ax, key in zip((axes[0], axes[1], axes[3], axes[4]), four, strict=True):
             what = "all data" if key[0] == "all" else f"{key[0]} {key[1]}"
             found = [load(x.folder / "loss_barrier_pairs.npy") for x in mine[key].runs if x.done] \
@@ -691,11 +695,13 @@ def fig5(r: Results) -> Pictures:
                 at = [(x[key], x["final_accuracy"]) for x in rows if x["configuration"] == c.label]
                 if at:
                     style = {k: v for k, v in look(c, curves).items() if k != "linestyle"}
-                    label = c.label if ax is axes[5] else None
-                    ax.scatter(*zip(*at, strict=True), s=22, label=label, **style)
+                    points = ax.scatter(*zip(*at, strict=True), s=22, **style)
+                    handles[c.label] = points
             found = correlation((x[key] for x in rows), (x["final_accuracy"] for x in rows))
             level = rows[0]["level"] if rows else FINAL_LEVEL.get(paper, 7)
             finish(ax, xlabel, f"test accuracy at level {level}", found)
+        if handles:
+            figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
         yield name, figure
 
 
@@ -862,7 +868,7 @@ def rivals(r: Results, metric: str) -> Pictures:
         for ax, (a, b) in zip(axes, pairs, strict=False):
             y, x = (load(m["folder"] / "scores.npy") for m in (a, b))
             if x is not None and y is not None:
-                ax.hexbin(x, y, gridsize=40, bins="log", cmap="Greys", mincnt=1, lw=0.1)
+                ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
                 xlabel = f"EL2N score at step {b['score_step']}"
                 finish(ax, xlabel, f"{score_name(a)} score", correlation(x, y))
         for ax, (size, t) in zip(axes[len(pairs) :], sorted(settings), strict=True):
@@ -1169,7 +1175,8 @@ def save(figure: Figure, path: Path) -> None:
     if figure.get_layout_engine():
         legends = [len(x.get_texts()) for ax in figure.axes if (x := ax.get_legend())]
         rows = figure.axes[0].get_subplotspec().get_gridspec().nrows
-        figure.set_figheight(rows * (2.5 + 0.14 * max(legends, default=0)))
+        shared = sum(0.4 + 0.14 * len(x.get_texts()) / 5 for x in figure.legends)
+        figure.set_figheight(rows * (2.6 + 0.15 * max(legends, default=0)) + shared)
     for kind, about in (("png", {}), ("svg", {"Date": None})):
         keep = functools.partial(figure.savefig, format=kind, dpi=160, metadata=about)
         write(path.parent / f"{path.name}.{kind}", keep)
