@@ -55,19 +55,7 @@ from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 
 import common
-from runs import (
-    Parser,
-    UserError,
-    number,
-    numbers,
-    one_line,
-    read_json,
-    read_npy,
-    read_rows,
-    read_tensors,
-    run_stage,
-    write,
-)
+import runs
 
 STAGES = ("imp", "pretrain", "lmc", "warmup")
 PAPER, SOURCE = common.HERE / "paper", "Paul et al. 2022"
@@ -165,10 +153,10 @@ def read_run(config: Path) -> Run:
     folder = config.parent
     stage, model, name = folder.parts[-4:-1]
     done = (folder / "result.json").exists()
-    value = read_json(folder / "result.json" if done else config)
+    value = runs.read_json(folder / "result.json" if done else config)
     settings = (value["config"] if done else value)["settings"]
     if not done and stage == "imp":
-        rows = [x for x in read_rows(folder / "log.csv") if x["phase"].startswith("level")]
+        rows = [x for x in runs.read_rows(folder / "log.csv") if x["phase"].startswith("level")]
         value["levels"] = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in rows]
     for key in ("dataset", "subset", "label_noise", "steps", "replicate"):
         settings[key]
@@ -191,7 +179,7 @@ def read_runs(out: Path) -> list[Run]:
             continue
         try:
             run = read_run(path)
-        except UserError as e:
+        except runs.UserError as e:
             skipped(e)
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             skipped(f"{path.parent}: not one of our runs ({e!r})")
@@ -206,9 +194,9 @@ def read_metrics(out: Path) -> dict[str, dict]:
     found = {}
     for path in sorted([*out.glob("el2n/*/*/scores.json"), *out.glob("lmc/*/*/scores.json")]):
         try:
-            about = read_json(path)
+            about = runs.read_json(path)
             found[about["sha256_of_scores"]] = {**about, "folder": path.parent}
-        except (UserError, KeyError) as e:
+        except (runs.UserError, KeyError) as e:
             skipped(e)
     return found
 
@@ -216,8 +204,8 @@ def read_metrics(out: Path) -> dict[str, dict]:
 def load(path: Path) -> np.ndarray | None:
     """An .npy of a run, or None with a line on stderr."""
     try:
-        return read_npy(path)
-    except UserError as e:
+        return runs.read_npy(path)
+    except runs.UserError as e:
         return skipped(e)
 
 
@@ -240,23 +228,23 @@ def metric_of(run: Run, metrics: dict[str, dict]) -> str:
     return " ".join(words + [f"from {o}" for o in [s.get("offset")] if o])
 
 
-def make_curve(runs: list[Run], metrics: dict[str, dict]) -> Curve:
+def make_curve(found: list[Run], metrics: dict[str, dict]) -> Curve:
     """The replicates of one folder."""
-    s, by_level = runs[0].settings, defaultdict(list)
-    for x in itertools.chain(*(run.result.get("levels", ()) for run in runs)):
+    s, by_level = found[0].settings, defaultdict(list)
+    for x in itertools.chain(*(run.result.get("levels", ()) for run in found)):
         by_level[int(x["level"])].append(x)
     points = {k: summary(x["test_accuracy"] for x in by_level[k]) for k in sorted(by_level)}
     remaining = {k: by_level[k][0]["weights_remaining"] for k in points}
-    step, metric = s.get("rewind", s.get("warmup", 0)), metric_of(runs[0], metrics)
+    step, metric = s.get("rewind", s.get("warmup", 0)), metric_of(found[0], metrics)
     key = s["subset"], s.get("size") or 0, step, s["label_noise"], metric, s.get("control") or ""
-    return Curve(*key, points, remaining, runs)
+    return Curve(*key, points, remaining, found)
 
 
-def pictures(runs: list[Run], stage: str, metrics: dict) -> Iterator[tuple[str, list[Curve]]]:
+def pictures(found: list[Run], stage: str, metrics: dict) -> Iterator[tuple[str, list[Curve]]]:
     """The configurations that belong in one picture, and its name: a model, and where runs of it
     differ in more than CURVE, in what."""
     folders, models = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    for run in runs:
+    for run in found:
         if run.stage == stage:
             folders[run.model, run.name].append(run)
     for (model, _), group in folders.items():
@@ -568,8 +556,7 @@ def by_size(r: Results, noisy: bool, everything: bool) -> Pictures:
             settings = [(0.0, full[-1].rewind, 0)]
         if not settings:
             continue
-        extra = [c for c in curves if c.control or c.runs[0].settings.get("init")]
-        extra = [c for c in extra if not (noisy or everything)]
+        init = [c for c in curves if c.runs[0].settings.get("init")]
         figure, axes = panels(len(settings))
         for ax, (noise, t, size) in zip(axes, settings, strict=True):
             shown = [c for c in full if not noise or c.rewind == 0]
@@ -577,8 +564,10 @@ def by_size(r: Results, noisy: bool, everything: bool) -> Pictures:
             shown += [c for c in mine if size and (c.noise, c.rewind, c.size) == (noise, t, size)]
             title = f"{size} examples, {t} steps" if size else "all data"
             title += f", {noise:.0%} noise" * bool(noise)
+            if not (noisy or everything):
+                shown += [c for c in curves if c.control and c.size in (0, size)] + init
             dense = dense_of(curves, paper, noise)
-            draw_levels(ax, shown + extra, paper_curves(paper), dense, title)
+            draw_levels(ax, shown, paper_curves(paper), dense, title)
         yield name, figure
 
 
@@ -774,7 +763,7 @@ def tracked(c: Curve, kind: str) -> dict[int, Stat]:
     """A column of the logs by step; of coherence the band is over all batches of all replicates."""
     by_step = defaultdict(list)
     for run in c.runs:
-        rows = [x for x in read_rows(run.folder / "log.csv") if x.get(kind)]
+        rows = [x for x in runs.read_rows(run.folder / "log.csv") if x.get(kind)]
         path = run.folder / f"{kind}.npy"
         each = load(path) if path.exists() else None
         for k, x in enumerate(rows):
@@ -837,9 +826,9 @@ def fig9(r: Results) -> Pictures:
             for c in curves:
                 run = min(c.runs, key=lambda x: x.settings["replicate"])
                 try:
-                    state = read_tensors(run.folder / f"level{level:02d}.pt")
+                    state = runs.read_tensors(run.folder / f"level{level:02d}.pt")
                     errors = [state["projected_error"].numpy()]
-                except (UserError, KeyError) as e:
+                except (runs.UserError, KeyError) as e:
                     skipped(e)
                     continue
                 label = f"{c.label}, replicate {run.settings['replicate']}"
@@ -994,7 +983,7 @@ def write_table(path: Path, rows: list[dict]) -> None:
     lines.insert(1, ["---"] * len(rows[0]))
     marked = "".join(f"| {' | '.join(x)} |\n" for x in lines)
     for suffix, text in ((".csv", comma.getvalue()), (".md", marked)):
-        write(path.parent / f"{path.name}{suffix}", lambda f, t=text: f.write(t.encode()))
+        runs.write(path.parent / f"{path.name}{suffix}", lambda f, t=text: f.write(t.encode()))
 
 
 # ---- what is missing -----------------------------------------------------------------------------
@@ -1064,29 +1053,30 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
                 continue
             if stage not in parsers:
                 if stage not in (*STAGES, "el2n"):
-                    raise UserError(f"{stage}.py is no stage")
+                    raise runs.UserError(f"{stage}.py is no stage")
                 module = importlib.import_module(stage)
                 parsers[stage] = module.flags(), module.plan
             parser, plan = parsers[stage]
             args = parser.parse_args(words[at + 1 :])
             found = plan(args)
-        except (ValueError, StopIteration, UserError) as e:
-            raise UserError(f"not a command of a stage: {line.strip()} ({one_line(e)})") from e
+        except (ValueError, StopIteration, runs.UserError) as e:
+            reason = f"{line.strip()} ({runs.one_line(e)})"
+            raise runs.UserError(f"not a command of a stage: {reason}") from e
         folder = found[0][0].relative_to(args.out)
         folder = folder.parent if re.fullmatch(r"rep\d+", folder.name) else folder
         steps = sum(steps for _, steps, _ in found)
         yield Job(folder, len(found), steps, all(done for *_, done in found))
 
 
-def rates(runs: list[Run]) -> dict[str, float]:
+def rates(found: list[Run]) -> dict[str, float]:
     """Network-steps per second of each model, the median over the levels of imp. Replicates of one
     folder with the same seconds trained side by side."""
-    found = defaultdict(list)
-    for run in runs:
+    by_folder = defaultdict(list)
+    for run in found:
         if run.stage == "imp":
-            found[run.model, run.name] += run.result["levels"]
+            by_folder[run.model, run.name] += run.result["levels"]
     by_model = defaultdict(list)
-    for (model, _), levels in found.items():
+    for (model, _), levels in by_folder.items():
         beside = Counter((x["level"], x["seconds"]) for x in levels)
         together = ((x["steps_per_second"], beside[x["level"], x["seconds"]]) for x in levels)
         by_model[model] += [rate * count for rate, count in together]
@@ -1128,8 +1118,8 @@ def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) ->
 # ---- command line --------------------------------------------------------------------------------
 
 
-def flags() -> Parser:
-    parser = Parser(description=__doc__)
+def flags() -> runs.Parser:
+    parser = runs.Parser(description=__doc__)
     some = f"of {', '.join(FIGURES)} [all but examples]"
     parser.add_argument("figure", nargs="*", help=some)
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results are")
@@ -1141,9 +1131,9 @@ def flags() -> Parser:
     about = "the verdict of one folder of results/imp/MODEL/ over another, and nothing else"
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=about)
     about = "at which verdicts are given, such as 3-12 [all but 0]"
-    parser.add_argument("--levels", type=numbers, default=(), help=about)
+    parser.add_argument("--levels", type=runs.numbers, default=(), help=about)
     about = "standard errors by which a curve may be lower without being below [1]"
-    parser.add_argument("--slack", type=number(float, 0), default=1.0, help=about)
+    parser.add_argument("--slack", type=runs.number(float, 0), default=1.0, help=about)
     about = "print the measured network-steps per second of each model, and nothing else"
     parser.add_argument("--rates", action="store_true", help=about)
     about = "for each command on stdin: done or todo, network-steps, runs, folder below --out"
@@ -1151,7 +1141,7 @@ def flags() -> Parser:
     about = "jobs, runs, network-steps and hours of the commands on stdin"
     parser.add_argument("--cost", action="store_true", help=about)
     about = "--cost: network-steps per second of ResNet-20 on 128 images, where none are measured"
-    parser.add_argument("--rate", type=number(float, 0, open_low=True), help=about)
+    parser.add_argument("--rate", type=runs.number(float, 0, open_low=True), help=about)
     return parser
 
 
@@ -1164,7 +1154,7 @@ def compare_two(r: Results, names: list[str], levels: Iterable[int], slack: floa
         here = [x for x in here if x[0].runs[0].folder.parent.as_posix().endswith(end)]
         if len(here) != 1:
             which = ", ".join(str(c.runs[0].folder.parent) for c, *_ in here) or "no such run"
-            raise UserError(f"--compare {name}: {which}; name one below results/imp/")
+            raise runs.UserError(f"--compare {name}: {which}; name one below results/imp/")
         found += here
     (a, curves, paper), (b, *_) = found
     return compare(a, b, curves, paper, levels, slack)
@@ -1179,26 +1169,14 @@ def save(figure: Figure, path: Path) -> None:
         figure.set_figheight(rows * (2.6 + 0.15 * max(legends, default=0)) + shared)
     for kind, about in (("png", {}), ("svg", {"Date": None})):
         keep = functools.partial(figure.savefig, format=kind, dpi=160, metadata=about)
-        write(path.parent / f"{path.name}.{kind}", keep)
+        runs.write(path.parent / f"{path.name}.{kind}", keep)
     plt.close(figure)
-
-
-def draw_figures(r: Results, figures: list[str], folder: Path) -> tuple[list[Path], dict]:
-    """The pictures written, and the names drawn of each figure."""
-    written, drawn = [], {figure: [] for figure in figures}
-    for number_ in figures:
-        for name, figure in FIGURES[number_][1](r):
-            figure.suptitle(f"{number_}  {name}", fontsize=8, x=0.01, ha="left")
-            save(figure, folder / f"{number_}-{name}")
-            written.append(folder / f"{number_}-{name}.png")
-            drawn[number_].append(name)
-    return written, drawn
 
 
 def main(args: argparse.Namespace) -> Any:
     """Draws, writes, says what is missing; returns the paths written and what is missing."""
     if unknown := [f for f in args.figure if f not in FIGURES]:
-        raise UserError(f"{unknown[0]}: not one of {', '.join(FIGURES)}")
+        raise runs.UserError(f"{unknown[0]}: not one of {', '.join(FIGURES)}")
     if args.plan:
         jobs = []
         for job in read_jobs(sys.stdin):
@@ -1220,7 +1198,14 @@ def main(args: argparse.Namespace) -> Any:
         return row
     folder = args.figures or args.out / "figures"
     datasets = args.dataset or sorted({run.settings["dataset"] for run in found})
-    written, drawn = draw_figures(r, args.figure or [*FIGURES][:-1], folder)
+    written, drawn = [], {}
+    for figure in args.figure or [*FIGURES][:-1]:
+        drawn[figure] = []
+        for name, picture in FIGURES[figure][1](r):
+            picture.suptitle(f"{figure}  {name}", fontsize=8, x=0.01, ha="left")
+            save(picture, folder / f"{figure}-{name}")
+            written.append(folder / f"{figure}-{name}.png")
+            drawn[figure].append(name)
     for name, rows in () if args.figure else tables(r, args.levels, args.slack):
         if rows:
             write_table(folder / name, rows)
@@ -1233,9 +1218,9 @@ def main(args: argparse.Namespace) -> Any:
     for path in written:
         print(path)
     if args.figure and not written:
-        raise UserError(f"{args.out} has nothing to draw {', '.join(args.figure)} from")
+        raise runs.UserError(f"{args.out} has nothing to draw {', '.join(args.figure)} from")
     return {"written": written, "missing": lacking}
 
 
 if __name__ == "__main__":
-    run_stage(main, flags())
+    runs.run_stage(main, flags())

@@ -5,12 +5,11 @@ import csv
 import io
 import itertools
 import math
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,24 +188,28 @@ class Folders:
                 for i in range(self.levels + 1)
             ]  # fmt: skip
             pretrain = {"fingerprint": f"{name}-{k}", "test_accuracy": 0.4}
-            folder = self.put("imp", name, k, {"pretrain": pretrain, "levels": rows}, {}, **settings)
+            folder = self.put(
+                "imp", name, k, {"pretrain": pretrain, "levels": rows}, {}, **settings
+            )
             for i in (0, 6) if k == 0 and settings["rewind"] else ():
                 error = common.torch.from_numpy(self.draw.random(EXAMPLES))
                 runs.write_tensors(folder / f"level{i:02d}.pt", {"projected_error": error})
 
     def lmc(self, name: str, **settings):
         for k in range(2):
-            pretrain = {"fingerprint": f"{name}-{k}", "test_accuracy": 0.4 + 0.1 * self.draw.random()}
+            pretrain = {"fingerprint": f"{name}-{k}", "test_accuracy": self.draw.random()}
             numbers = {"loss_barrier": self.draw.random(), "error_barrier": 0.1, "connected": False}
             pairs = {"loss_barrier_pairs.npy": self.draw.normal(0, 2, (3, EXAMPLES))}
             self.put("lmc", name, k, {"pretrain": pretrain, **numbers}, pairs, **settings)
 
     def pretrain(self, name: str, **settings):
         for k in range(2):
-            arrays = {"gradient_norm.npy": self.draw.random(200), "coherence.npy": self.draw.random((3, 16))}
+            each = self.draw.random((3, 16))
+            arrays = {"gradient_norm.npy": self.draw.random(200), "coherence.npy": each}
             folder = self.put("pretrain", name, k, {"pretrain": {}}, arrays, **settings)
-            rows = [f"pretrain,{s},0.3,0.3,0.{s},{arrays['coherence.npy'][i].mean()}\n" for i, s in enumerate((0, 10, 20))]
-            (folder / "log.csv").write_text("phase,step,test_accuracy,train_accuracy,easy_accuracy,coherence\n" + "".join(rows))
+            names = "phase,step,test_accuracy,train_accuracy,easy_accuracy,coherence\n"
+            rows = [f"pretrain,{10 * i},0.3,0.3,0.{i},{x.mean()}\n" for i, x in enumerate(each)]
+            (folder / "log.csv").write_text(names + "".join(rows))
 
     def warmup(self, name: str, **settings):
         for k in range(2):
@@ -221,7 +224,8 @@ def build(out: Path, data: str) -> None:
     preset = common.PRESETS[data]
     size, t = preset.size, preset.rewind
     f.scores("el2n", "el2n", metric="el2n", score_step=preset.score_step)
-    sizes = {"cifar10": (512, 3200, 6400), "cifar100": (512, 2048, 3200), "cinic10": (12800, 25600, 51200)}
+    sizes = {"cifar10": (512, 3200, 6400), "cifar100": (512, 2048, 3200)}
+    sizes["cinic10"] = 12800, 25600, 51200
     for at in sorted({0, t, 2 * t, 200 if data == "cinic10" else 0}):
         f.imp(f"all-rewind{at}", rewind=at)
         f.lmc(f"all-rewind{at}", rewind=at)
@@ -250,5 +254,314 @@ def build(out: Path, data: str) -> None:
         f.warmup(f"all-warmup{at}", warmup=at)
         for m, s in itertools.product((5120, 10240), figures.SUBSETS[1:]):
             f.warmup(f"{s}{m}-warmup{at}", subset=s, size=m, warmup=at)
-        f.warmup(f"easy10240balanced-warmup{at}", subset="easy", size=10240, balance=True, warmup=at)
-        f.warmup(f"easy10240+25000-warmup{at}", subset="easy", size=10240, offset=25000, warmup=at)
+        window = {"subset": "easy", "size": 10240, "warmup": at}
+        f.warmup(f"easy10240balanced-warmup{at}", balance=True, **window)
+        f.warmup(f"easy10240+25000-warmup{at}", offset=25000, **window)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """Of three data sets, for reading."""
+    out = tmp_path_factory.mktemp("synthetic") / "results"
+    for data in SHAPES:
+        build(out, data)
+    return out
+
+
+@pytest.fixture
+def small(tmp_path) -> tuple[Path, Folders]:
+    """Two configurations of CIFAR-10, for writing."""
+    f = Folders(tmp_path / "results", "cifar10")
+    f.imp("all-rewind0", rewind=0)
+    f.imp("easy3200-rewind200", subset="easy", size=3200, rewind=200)
+    return f.out, f
+
+
+def call(*args: object) -> Any:
+    return figures.main(figures.flags().parse_args([str(a) for a in args]))
+
+
+def drawn(results: Path, figure: str) -> dict[str, list]:
+    """The axes of each picture by data set, not saved."""
+    r = figures.Results(figures.read_runs(results), figures.read_metrics(results))
+    return {name.split("-")[0]: p.axes for name, p in figures.FIGURES[figure][1](r)}
+
+
+def titles(axes: list) -> list[str]:
+    return [ax.get_title() for ax in axes if ax.axison]
+
+
+def labels(ax) -> list[str]:
+    """Without n."""
+    return [x.split(" (n=")[0] for x in ax.get_legend_handles_labels()[1]]
+
+
+@pytest.mark.parametrize("figure", PICTURES)
+def test_every_figure_is_drawn_for_three_data_sets(results, figure):
+    pictures = drawn(results, figure)
+    assert set(pictures) == set(SHAPES)
+    for axes in pictures.values():
+        assert all(ax.has_data() for ax in axes if ax.axison)
+    figures.plt.close("all")
+
+
+def test_panels_as_in_the_paper(results):
+    """Levels, configurations and axes written from the paper's text and captions."""
+    for axes in drawn(results, "fig3").values():
+        heads = [f"level {k}, {left} of weights remaining" for k, left in
+                 ((8, "16.8%"), (10, "10.7%"), (12, "6.9%"))]  # fmt: skip
+        assert titles(axes) == heads * (len(axes) // 3)
+    five = drawn(results, "fig5")
+    assert titles(five["cifar100"])[0] == "all data, 400 steps"
+    four = ["all data, 200 steps", "all data, 400 steps", "random 25600, 200 steps",
+            "easy 25600, 200 steps"]  # fmt: skip
+    assert [titles(five["cinic10"])[k] for k in (0, 1, 3, 4)] == four
+    assert titles(five["cifar100"])[3] == "random 3200, 400 steps"
+    for data, level in (("cifar100", 11), ("cinic10", 7)):
+        assert five[data][2].get_ylabel() == f"test accuracy at level {level}"
+    six = drawn(results, "fig6")["cifar10"]
+    assert titles(six)[:4] == ["easy", "random", "hard", "windows"]
+    assert six[0].get_xscale() == "log" and six[0].xaxis.get_transform().base == 2
+    easy = ["easy 5120", "easy 10240", "easy 10240 balanced", "all", "no warmup"]
+    assert [x for x in labels(six[0]) if x != figures.SOURCE] == easy
+    assert "easy 10240 from 25000" in labels(six[3])
+    nine = drawn(results, "fig9")["cinic10"]
+    runs_ = ["all, step 400", "all, step 800", "easy 51200, step 400"]
+    assert labels(nine[0]) == labels(nine[1]) == [f"{x}, replicate 0" for x in runs_]
+    for figure, data, by in (("fig10", "cinic10", "lmc 800"), ("fig12", "cifar10", "forgetting")):
+        [_, *panels] = drawn(results, figure)[data]
+        assert {x.split(",")[0].partition(" ")[0] for x in labels(panels[0])} >= {"easy", "random"}
+        assert any(by in x for x in labels(panels[0]))
+        assert any("balanced, step" in x and by not in x for x in labels(panels[0]))
+    figures.plt.close("all")
+
+
+def raw(folder: Path, level: int) -> list[float]:
+    files = sorted(folder.glob("rep*/result.json"))
+    return [runs.read_json(p)["levels"][level]["test_accuracy"] for p in files]
+
+
+def test_the_dense_line_is_the_papers_choice(results):
+    for figure, data, folder in (
+        ("fig2", "cifar10", "all-rewind400"),
+        ("fig2", "cinic10", "all-rewind400"),
+        ("fig2", "cifar100", "all-rewind800"),
+        ("fig4", "cifar10", "all512-rewind200-noise0.1"),
+    ):
+        [ax, *_] = drawn(results, figure)[data]
+        [dense] = [x for x in ax.lines if x.get_label() == "dense"]
+        [path] = results.glob(f"imp/{data}-*/{folder}")
+        assert dense.get_ydata()[0] == pytest.approx(np.mean(raw(path, 0)))
+    figures.plt.close("all")
+
+
+def test_controls_stand_beside_the_ticket(results):
+    [ax] = drawn(results, "fig2")["cifar10"]
+    ticket = "easy 3200, step 200"
+    shown = [x for x in ax.lines if (x.get_label() or "").startswith(ticket)]
+    assert {x.get_label().split(" (n=")[0] for x in shown} == {
+        ticket, *(f"{ticket}, {c}" for c in ("reinit", "shuffle", "one-shot"))
+    }  # fmt: skip
+    assert len({str(x.get_color()) for x in shown}) == 4
+    r = figures.Results(figures.read_runs(results), {})
+    rows = dict(figures.tables(r, (), 1.0))["verdicts-cifar10-resnet20"]
+    pairs = {(x["A"], x["B"]) for x in rows}
+    assert (f"{ticket} (n=2)", f"{ticket}, reinit (n=2)") in pairs
+    figures.plt.close("all")
+
+
+def test_the_coherence_band_is_over_batches_and_replicates(results):
+    [*_, ax] = drawn(results, "fig7")["cifar100"]
+    arrays = [np.load(p) for p in results.glob("pretrain/cifar100*/all*/rep*/coherence.npy")]
+    pooled = np.concatenate([a[1] for a in arrays])  # of step 10
+    [line] = [x for x in ax.lines if x.get_label().startswith("all")]
+    assert line.get_ydata()[1] == pytest.approx(pooled.mean())
+    r = figures.Results(figures.read_runs(results), {})
+    [curves] = [cs for n, cs, _ in r.pictures("pretrain") if n.startswith("cifar100")]
+    stat = figures.tracked(curves[0], "coherence")[10]
+    assert stat.sd == pytest.approx(pooled.std(ddof=1)) and stat.n == 32
+    figures.plt.close("all")
+
+
+def test_final_accuracy_of_this_model_alone(small):
+    """A run of four levels on other data does not lower the level of CIFAR-10."""
+    out, f = small
+    f.lmc("easy3200-rewind200", subset="easy", size=3200, rewind=200)
+    f.put("lmc", "between-a-b", 0, {"loss_barrier": 1.0}, {})  # of any two networks: no w_tr
+    SHAPES["digits"] = (8, 4)
+    Folders(out, "digits").imp("all-rewind0", rewind=0)
+    del SHAPES["digits"]
+    r = figures.Results(figures.read_runs(out), {})
+    rows = dict(figures.tables(r, (), 1.0))["lmc-cifar10-resnet20"]
+    assert [x["level"] for x in rows] == [7, 7]
+    at_7 = raw(out / "imp/cifar10-resnet20/easy3200-rewind200", 7)
+    assert [x["final_accuracy"] for x in rows] == at_7
+
+
+def test_pictures_and_tables_are_written(small, capsys):
+    out, _ = small
+    paths = call("--out", out)["written"]
+    printed = capsys.readouterr()
+    for kind, head in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        assert (out / f"figures/fig2-cifar10-resnet20.{kind}").read_bytes().startswith(head)
+    picture = (out / "figures/fig2-cifar10-resnet20.svg").read_text()
+    assert "easy 3200, step 200 (n=2)" in picture and "Paul et al. 2022" in picture
+    assert [str(p) for p in paths] == printed.out.split()
+    assert f"run_all.sh --only fig6 --dataset cifar10 --out {out}" in printed.err
+    with open(out / "figures/imp-cifar10-resnet20.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    [row] = [x for x in rows if x["configuration"].startswith("all") and x["level"] == "0"]
+    accuracy = raw(out / "imp/cifar10-resnet20/all-rewind0", 0)
+    assert float(row["ours"]) == pytest.approx(np.mean(accuracy), abs=1e-5)
+    assert float(row["sd"]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-5)
+    assert row["paper"] == "0.91535" and row["paper_n"] == "4"
+    theirs = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
+    ours = (float(row["ours"]), float(row["sd"]), 2)
+    p = stats.ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue
+    assert float(row["welch_p"]) == pytest.approx(p, rel=1e-2)
+    assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
+
+
+def test_a_run_in_progress_counts_and_is_marked(small):
+    out, _ = small
+    folder = out / "imp/cifar10-resnet20/easy3200-rewind200/rep1"
+    (folder / "result.json").unlink()
+    names = "phase,step,level,test_accuracy,weights_remaining,seconds,steps_per_second"
+    (folder / "log.csv").write_text(f"{names}\nlevel00,62400,0,0.9,1,4,9\n")
+    [[_, curve]] = [cs for _, cs in figures.pictures(figures.read_runs(out), "imp", {})]
+    assert [p.n for p in curve.points.values()] == [2] + 20 * [1]
+    assert curve.legend == "easy 3200, step 200 (n=1-2)*"
+
+
+def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
+    out, _ = small
+    path = out / "imp/cifar10-resnet20/all-rewind0/rep0/result.json"
+    path.write_bytes(path.read_bytes().replace(b'"level": 1,', b'"level": 7,'))
+    for name, value in (("a", {"config": {}}), ("b", {"config": {"settings": None}, "levels": 3})):
+        runs.write_json(out / f"imp/cifar10-resnet20/{name}/rep0/config.json", value)
+        runs.write_json(out / f"imp/cifar10-resnet20/{name}/rep0/result.json", value)
+    (out / "lmc/x/y/rep0").mkdir(parents=True)
+    (out / "lmc/x/y/rep0/config.json").write_text("not json")
+    assert len(figures.read_runs(out)) == 3
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("skipped")]
+    assert len(lines) == 4 and sum(str(path) in x for x in lines) == 1
+
+
+def test_other_settings_are_another_picture(small):
+    out, f = small
+    f.imp("all-rewind0-steps40", rewind=0, steps=40)
+    names = {name for name, _ in figures.pictures(figures.read_runs(out), "imp", {})}
+    assert names == {"cifar10-resnet20-steps40", "cifar10-resnet20-steps62400"}
+
+
+def test_compare_two_and_rates(small, capsys):
+    out, _ = small
+    flags = ["--out", out, "--levels", "1-3", "--slack", "2", "--compare"]
+    row = call(*flags, "easy3200-rewind200", "cifar10-resnet20/all-rewind0")
+    assert row["A"].startswith("easy 3200") and row["levels"] == "1-3"
+    assert row["verdict"] in capsys.readouterr().out and row["slack_in_standard_errors"] == 2
+    with pytest.raises(runs.UserError, match="no such run"):
+        call("--out", out, "--compare", "nothing", "all-rewind0")
+    # Two replicates with the same seconds trained side by side: 9 steps/s each.
+    assert call("--out", out, "--rates") == {"cifar10-resnet20": 18.0}
+    assert not (out / "figures").exists()
+
+
+def test_examples_of_the_digits(tmp_path):
+    data = common.load_data("digits", common.HERE / "data", common.torch.device("cpu"))
+    folder = tmp_path / "el2n/digits-resnet8/el2n"
+    folder.mkdir(parents=True)
+    np.save(folder / "scores.npy", np.arange(len(data.train_labels), dtype=np.float32))
+    about = {"metric": "el2n", "score_step": 60, "sha256_of_scores": "x", "label_noise": [0, 0]}
+    runs.write_json(folder / "scores.json", {**about, "data": data.fingerprint})
+    r = figures.Results([], figures.read_metrics(tmp_path), None, common.HERE / "data")
+    (_, images), (_, box) = figures.examples(r)
+    labels_, first = data.train_labels.numpy(), images.axes[0].get_images()[0].get_array()
+    k = min(range(10), key=lambda k: np.median(np.flatnonzero(labels_ == k)))  # the easiest class
+    easiest = np.flatnonzero(labels_ == k)[0]
+    assert (first == data.train_images[easiest].numpy().squeeze()).all()
+    assert len(box.axes[0].get_xticklabels()) == 10
+    figures.plt.close("all")
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def test_every_remedy_is_a_command_that_can_make_it():
+    """Of results/ with nothing in it: run_all.sh has runs for it, and stages accept the rest."""
+    drawn = {figure: [] for figure in figures.FIGURES}
+    lines = figures.missing(figures.Results([], {}), drawn, [*figures.ALL], False)
+    lines += figures.missing(figures.Results([], {}), {}, [], True)
+    assert len(lines) > 40
+    processes = []
+    for _, words in lines:
+        if words[0] == "bash":
+            command = [*words, "--list"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": common.HERE}
+            processes.append((words, subprocess.Popen(command, text=True, **pipes)))
+        else:
+            module = __import__(Path(words[1]).stem)
+            assert module.flags().parse_args(words[2:])
+    bad = []
+    for words, process in processes:
+        listed = process.communicate()[0]
+        stage = figures.FIGURES.get(words[3], ("imp",))[0]
+        bad += [shlex.join(words)] * bool(process.returncode or f"{stage}.py" not in listed)
+    assert not bad
+
+
+LINES = """/opt/python /here/imp.py --dataset=cifar10 --subset=easy --replicate=0-3 --out='a b'
+python imp.py --replicate 0 --out 'a b'
+
+python el2n.py --dataset=cinic10 --out 'a b'
+python figures.py --out 'a b'
+"""
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    import el2n
+    import imp
+
+    def plan(args):
+        folder = args.out / f"imp/{args.dataset}-resnet20/easy"
+        return [(folder / f"rep{k}", 3600_000, k < 2) for k in args.replicate]
+
+    scores = [(Path("a b/el2n/cinic10-resnet56/el2n"), 7200_000, True)]
+    monkeypatch.setattr(imp, "plan", plan, raising=False)
+    monkeypatch.setattr(el2n, "plan", lambda args: scores, raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(LINES))
+
+
+def test_plan_of_commands(plans, capsys):
+    call("--plan")
+    assert capsys.readouterr().out.splitlines() == [
+        "todo\t14400000\t4\timp/cifar10-resnet20/easy",
+        "done\t3600000\t1\timp/digits-resnet20/easy",
+        "done\t7200000\t1\tel2n/cinic10-resnet56/el2n",
+    ]
+
+
+def test_cost_of_commands(plans, small, capsys):
+    """CIFAR-10 is measured at 18 steps/s; ResNet-56 on 256 images is 6 times ResNet-20 on 128."""
+    call("--cost", "--rate", "12", "--out", small[0])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1] == ["imp/cifar10-resnet20", "1", "4", "14400000", "222.2"]
+    assert rows[2] == ["imp/digits-resnet20", "1", "1", "3600000", "-"]
+    assert rows[3] == ["el2n/cinic10-resnet56", "1", "1", "7200000", "1000.0"]
+    assert rows[4] == ["all", "3", "6", "25200000", "-"] and "give --rate" in " ".join(rows[5])
+    sys.stdin = io.StringIO("echo hello\n")
+    with pytest.raises(runs.UserError, match="not a command of a stage: echo hello"):
+        call("--plan")
+
+
+def test_nothing_is_drawn_from_nothing(tmp_path, capsys):
+    assert call("--out", tmp_path)["written"] == [] and not (tmp_path / "figures").exists()
+    assert "run_all.sh --dataset cifar10" in capsys.readouterr().err
+    with pytest.raises(runs.UserError, match="nothing to draw fig2"):
+        call("fig2", "--out", tmp_path, "--dataset", "cifar10")
+    with pytest.raises(runs.UserError, match="fig99"):
+        call("fig99", "--out", tmp_path)
+    command = [sys.executable, figures.__file__, "fig2", "--out", tmp_path / "none"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
