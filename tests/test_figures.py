@@ -2,9 +2,11 @@
 samples, all figures from synthetic run folders, tables from tiny real runs."""
 
 import csv
+import functools
 import io
 import itertools
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -263,8 +265,10 @@ def build(out: Path, data: str) -> None:
 def results(tmp_path_factory) -> Path:
     """Of three data sets, for reading."""
     out = tmp_path_factory.mktemp("synthetic") / "results"
-    for data in SHAPES:
-        build(out, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.os, "fsync", lambda number: None)  # thousands of files
+        for data in SHAPES:
+            build(out, data)
     return out
 
 
@@ -281,9 +285,14 @@ def call(*args: object) -> Any:
     return figures.main(figures.flags().parse_args([str(a) for a in args]))
 
 
+@functools.cache
+def read(out: Path) -> figures.Results:
+    return figures.Results(figures.read_runs(out), figures.read_metrics(out))
+
+
 def drawn(results: Path, figure: str) -> dict[str, list]:
     """The axes of each picture by data set, not saved."""
-    r = figures.Results(figures.read_runs(results), figures.read_metrics(results))
+    r = read(results)
     return {name.split("-")[0]: p.axes for name, p in figures.FIGURES[figure][1](r)}
 
 
@@ -363,7 +372,7 @@ def test_controls_stand_beside_the_ticket(results):
         ticket, *(f"{ticket}, {c}" for c in ("reinit", "shuffle", "one-shot"))
     }  # fmt: skip
     assert len({str(x.get_color()) for x in shown}) == 4
-    r = figures.Results(figures.read_runs(results), {})
+    r = read(results)
     rows = dict(figures.tables(r, (), 1.0))["verdicts-cifar10-resnet20"]
     pairs = {(x["A"], x["B"]) for x in rows}
     assert (f"{ticket} (n=2)", f"{ticket}, reinit (n=2)") in pairs
@@ -376,7 +385,7 @@ def test_the_coherence_band_is_over_batches_and_replicates(results):
     pooled = np.concatenate([a[1] for a in arrays])  # of step 10
     [line] = [x for x in ax.lines if x.get_label().startswith("all")]
     assert line.get_ydata()[1] == pytest.approx(pooled.mean())
-    r = figures.Results(figures.read_runs(results), {})
+    r = read(results)
     [curves] = [cs for n, cs, _ in r.pictures("pretrain") if n.startswith("cifar100")]
     stat = figures.tracked(curves[0], "coherence")[10]
     assert stat.sd == pytest.approx(pooled.std(ddof=1)) and stat.n == 32
@@ -487,8 +496,17 @@ def test_examples_of_the_digits(tmp_path):
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def test_every_remedy_is_a_command_that_can_make_it():
-    """Of results/ with nothing in it: run_all.sh has runs for it, and stages accept the rest."""
+PLANNER = """#!/usr/bin/env bash
+while read -r line; do printf 'todo\\t1\\t1\\timp/x/%s\\n' "$((n++))"; done
+"""
+
+
+def test_every_remedy_is_a_command_that_can_make_it(tmp_path):
+    """Of results/ with nothing in it: run_all.sh has runs for it, and stages accept the rest. The
+    folders of the commands, which take long to plan, are made up."""
+    (tmp_path / "planner").write_text(PLANNER)
+    (tmp_path / "planner").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "planner")}
     drawn = {figure: [] for figure in figures.FIGURES}
     lines = figures.missing(figures.Results([], {}), drawn, [*figures.ALL], False)
     lines += figures.missing(figures.Results([], {}), {}, [], True)
@@ -497,7 +515,7 @@ def test_every_remedy_is_a_command_that_can_make_it():
     for _, words in lines:
         if words[0] == "bash":
             command = [*words, "--list"]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": common.HERE}
+            pipes = {"stdout": subprocess.PIPE, "cwd": common.HERE, "env": environment}
             processes.append((words, subprocess.Popen(command, text=True, **pipes)))
         else:
             module = __import__(Path(words[1]).stem)
