@@ -71,18 +71,19 @@ use() { # DATASET PRESET: what the functions below are about
     [[ $1 = "$2" ]] || given+=("--preset=$2")
 }
 
-noise=0 scores='' metric='' balance='' R=0-3
+noise=0 scores='' metric='' balance='' offset='' watch='' R=0-3
 
 count() { # of replicates 0-3
     local first=${1%-*} last=${1#*-}
     echo $((last - first + 1))
 }
 
-el2n() { # FIGURES: scores under the labels of $noise; sets `made` to their folder
-    local noisy=() name=el2n
-    ((noise == 0)) 2>/dev/null || { noisy=("--label-noise=$noise") name+=-noise$noise; }
+el2n() { # FIGURES [STEP]: scores under the labels of $noise; sets `made` to their folder
+    local more=() name=el2n step=${2:-$S}
+    ((step == S)) || { more=("--score-step=$step") name+=-step$step; }
+    [[ $noise = 0 ]] || { more+=("--label-noise=$noise") name+=-noise$noise; }
     made=el2n/$model/$name
-    job "$made" '' "$1" '' $((K * S)) 0 el2n.py "${given[@]}" ${noisy[@]+"${noisy[@]}"}
+    job "$made" '' "$1" '' $((K * step)) 0 el2n.py "${given[@]}" ${more[@]+"${more[@]}"}
 }
 
 forgetting() { # FIGURES NETWORKS
@@ -97,10 +98,11 @@ forgetting() { # FIGURES NETWORKS
 subset() { # FIGURES SUBSET SIZE: sets `name`, `flags`, `need` for the examples trained on first
     name=$2 flags=("${given[@]}" "--subset=$2") need=''
     [[ $2 = all ]] || { name+=$3 flags+=("--size=$3"); }
+    [[ -z $offset ]] || { name+=+$offset flags+=("--offset=$offset"); }
     [[ -z $balance ]] || { name+=balanced flags+=(--balance); }
     if [[ -n $scores ]]; then
         need=$scores name+=-$metric
-    elif [[ $2 = easy || $2 = hard || -n ${watched-} ]]; then
+    elif [[ $2 = easy || $2 = hard ]]; then
         el2n "$1"
         need=$made
     fi
@@ -126,8 +128,12 @@ lmc() { # FIGURES SUBSET SIZE REWIND
         lmc.py "${flags[@]}"
 }
 
-pretrain() { # FIGURES SUBSET SIZE REWIND
-    watched=1 start "$@"
+pretrain() { # FIGURES SUBSET SIZE REWIND; $watch: flags of the easy examples whose accuracy it logs
+    local words
+    start "$@"
+    [[ -n $need ]] || { el2n "$1"; need=$made; }
+    read -ra words <<<"$watch"
+    flags+=(${words[@]+"${words[@]}"})
     job "pretrain/$model/$name" "$need" "$1" "$R" $(($(count "$R") * $4)) 0 \
         pretrain.py "${flags[@]}"
 }
@@ -139,90 +145,136 @@ warmup() { # FIGURES SUBSET SIZE WARMUP STEPS
         warmup.py "${flags[@]}" "--warmup=$4" ${sharpness:+"--sharpness-every=$sharpness"}
 }
 
-grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there twice runs once
+both() { # easy by EL2N over all classes, as the text says, and, where $2, class-balanced as well:
+    # the authors' CIFAR-10 curves are those of balanced subsets
+    local for_=$1 too=$2
+    shift 2
+    imp "$for_" easy "$@"
+    [[ -z $too ]] || balance=1 imp "$for_" easy "$@"
+}
+
+grid_of() { # DATASET PRESET: the paper's runs, by figures.py's numbers; several figures share a run
     use "$1" "$2"
-    local s m t p by half_t full_t sizes main
+    local s m t p for_ half full main sizes balanced='' by='' lmc_sizes='' lmc_steps='' at=() o
     case $2 in
-    cifar10) half_t=200 full_t=400 main=3200 sizes='256 512 1024 2048 3200 6400 12800 25600' ;;
-    cifar100) half_t=400 full_t=800 main=2048 sizes='256 512 1024 2048 3200 6400' ;;
-    cinic10) half_t=400 full_t=800 main=51200 sizes='12800 25600 51200 102400' ;;
-    digits) half_t=20 full_t=40 main=256 sizes='128 256 512' ;;
+    cifar10) half=200 full=400 main=3200 balanced=1
+        sizes='256 512 1024 2048 3200 6400 12800 25600' ;;
+    cifar100) half=400 full=800 main=2048 sizes='256 512 1024 2048 3200 6400'
+        lmc_sizes='512 1024 2048 3200' lmc_steps='400 800 1600' by=1600 at=(400) ;;
+    cinic10) half=400 full=800 main=51200 sizes='12800 25600 51200 102400'
+        lmc_sizes=$sizes lmc_steps='400 800 1600' by='800 1600' at=(200 400) ;;
+    digits) half=20 full=40 main=256 balanced=1 sizes='128 256 512'
+        lmc_sizes=256 lmc_steps='20 40' by=40 at=(20) ;;
     esac
-    el2n ''
-    for t in 0 $half_t $full_t; do
-        imp 'fig2 fig3 fig4 fig5 fig9 fig10 fig11 fig12 fig13' all - "$t"
-    done
+
+    # Figures 2, 3, 11: all data, and subsets of every size for half of the matching step; Figure 9:
+    # the error of their w_tr under a mask.
+    imp 'fig2 fig3 fig11' all - 0
+    for t in $half $full; do imp 'fig2 fig3 fig9 fig11' all - "$t"; done
     for m in $sizes; do
-        for s in easy random hard; do
-            local for_='fig3 fig11'
-            ((m != main)) || for_+=' fig2 fig4 fig5 fig9 fig10 fig12'
-            imp "$for_" $s "$m" $half_t
+        for_='fig3 fig11'
+        ((m != main)) || for_+=' fig2'
+        both "$for_" "$balanced" "$m" $half
+        for s in random hard; do imp "$for_" $s "$m" $half; done
+    done
+    imp fig9 easy $main $half
+
+    # Figures 5 and 10: children of networks pre-trained on all data, scores by their barriers, and
+    # what random subsets and the easiest by either score do instead.
+    for t in $lmc_steps; do R=0-1 lmc fig10 all - "$t"; done
+    [[ -z $by ]] || for t in 0 $half $full; do imp fig10 all - "$t"; done
+    for m in $lmc_sizes; do
+        for s in easy random; do imp fig10 $s "$m" $half; done
+        for p in $by; do
+            scores=lmc/$model/all-rewind$p$tail metric=lmc$p imp fig10 easy "$m" $half
+        done
+        ((m != 102400)) || continue # not in Figure 5
+        for t in ${at[@]+"${at[@]}"}; do
+            for s in easy random; do
+                imp fig5 $s "$m" "$t"
+                R=0-1 lmc fig5 $s "$m" "$t"
+            done
+        done
+        for p in $by; do
+            scores=lmc/$model/all-rewind$p$tail metric=lmc$p imp fig5 easy "$m" $half
+            R=0-1 scores=lmc/$model/all-rewind$p$tail metric=lmc$p lmc fig5 easy "$m" $half
         done
     done
+
     case $2 in
     cifar10)
+        # Figures 4, 13: labels redrawn. Step 0 has seen none; the dense network is the clean one.
+        for t in 0 400; do imp 'fig4 fig13' all - $t; done
         for p in 0.1 0.5; do
             for t in 200 400; do noise=$p imp 'fig4 fig13' all - $t; done
             for m in 512 1024 2048 3200; do
-                for s in easy random; do noise=$p imp 'fig4 fig13' $s $m 200; done
+                for_=fig13
+                ((m != 3200)) || for_+=' fig4'
+                for s in easy random; do noise=$p imp "$for_" $s $m 200; done
             done
         done
+        # Figure 12: both scores class-balanced.
+        for t in 0 200 400; do imp fig12 all - $t; done
         forgetting fig12 4
         by=$made
         for m in 1024 2048 3200; do
+            balance=1 imp fig12 easy $m 200
             scores=$by metric=forgetting balance=1 imp fig12 easy $m 200
-            imp fig12 easy $m 200
         done
-        for s in easy random; do R=0-3 pretrain fig8 $s 25600 200; done
-        for t in 0 200 400; do R=0-1 lmc fig5 all - $t; done
-        for s in easy random hard; do R=0-1 lmc fig5 $s 3200 200; done
+        for s in easy random; do pretrain fig8 $s 25600 200; done
+        # Figure 6: as in the authors' code easy is class-balanced, hard and the windows are not.
         R=0-7 warmup fig6 all - 0 7840
         for t in 100 200 400 600 800 1200 1600 2400 3200; do
             R=0-7 warmup fig6 all - $t 7840
             for m in 5120 10240 25600; do
-                R=0-7 balance=1 warmup fig6 easy $m $t 7840 # as the authors' code has it
+                R=0-7 balance=1 warmup fig6 easy $m $t 7840
                 for s in random hard; do R=0-7 warmup fig6 $s $m $t 7840; done
             done
+            R=0-7 warmup fig6 easy 10240 $t 7840
+            for o in 25000 37500 39760; do R=0-7 offset=$o warmup fig6 easy 10240 $t 7840; done
         done
         ;;
     cifar100)
-        pretrain fig7 all - 1600
-        balance=1 pretrain fig7 easy 2048 1600
-        for t in 0 400 800; do R=0-1 lmc fig5 all - $t; done
-        for m in 512 2048 6400; do
-            for s in easy random; do
-                R=0-1 lmc fig5 $s $m 400
-                imp fig5 $s $m 400
-            done
+        for t in 0 400 800; do
+            imp fig5 all - $t
+            R=0-1 lmc fig5 all - $t
         done
+        el2n fig10 1600
+        watch='--easy-size=2048 --easy-balance' pretrain fig7 all - 1600
+        balance=1 pretrain fig7 easy 2048 1600
         ;;
     cinic10)
-        imp 'fig5 fig11' all - 200
-        for t in 200 400 800 1600; do R=0-1 lmc 'fig5 fig10' all - $t; done
+        imp 'fig3 fig11' all - 200
         for m in 12800 25600 51200; do
             for s in easy random hard; do imp 'fig3 fig11' $s $m 200; done
-            for s in easy random; do
-                for t in 200 400; do
-                    imp fig5 $s $m $t
-                    R=0-1 lmc fig5 $s $m $t
-                done
-            done
-            for t in 800 1600; do
-                scores=lmc/$model/all-rewind$t metric=lmc$t imp fig10 easy $m 400
-                R=0-1 scores=lmc/$model/all-rewind$t metric=lmc$t lmc 'fig5 fig10' easy $m 400
-            done
         done
+        for t in 200 400 800; do
+            imp fig5 all - $t
+            R=0-1 lmc fig5 all - $t
+        done
+        el2n fig10 1600
         ;;
     digits)
-        for s in all random easy; do noise=0.1 imp 'fig4 fig13' $s 256 20; done
+        for t in 0 40; do imp 'fig4 fig13' all - $t; done
+        for s in all easy random; do noise=0.1 imp 'fig4 fig13' $s 256 20; done
+        for t in 0 20 40; do imp fig12 all - $t; done
         forgetting fig12 4
-        scores=$made metric=forgetting balance=1 imp fig12 easy 256 20
-        for s in all easy; do pretrain 'fig7 fig8' $s 256 60; done
-        for t in 0 20 40; do lmc 'fig5 fig10' all - $t; done
-        for s in easy random hard; do lmc fig5 $s 256 20; done
-        scores=lmc/$model/all-rewind40$tail metric=lmc40 imp fig10 easy 256 20
+        by=$made
+        balance=1 imp fig12 easy 256 20
+        scores=$by metric=forgetting balance=1 imp fig12 easy 256 20
+        watch='--easy-size=256 --easy-balance' pretrain fig7 all - 60
+        balance=1 pretrain fig7 easy 256 60
+        for s in easy random; do pretrain fig8 $s 256 20; done
+        for t in 0 20 40; do
+            imp fig5 all - $t
+            R=0-1 lmc fig5 all - $t
+        done
+        el2n fig10 40
         warmup fig6 all - 0 300
-        for s in all easy random hard; do warmup fig6 $s 256 60 300; done
+        warmup fig6 all - 60 300
+        balance=1 warmup fig6 easy 256 60 300
+        for s in random hard; do warmup fig6 $s 256 60 300; done
+        offset=512 warmup fig6 easy 256 60 300
         ;;
     esac
 }
