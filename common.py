@@ -1,25 +1,21 @@
-"""What the stages share: presets, randomness, data, ResNet, Networks, training, run directories.
+"""What the stages share: presets, randomness, data, scores, ResNet, networks as rows, training.
 
-Copy this file with any one stage and it runs; `csrc/` beside it makes it faster. Section numbers in
-comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
+Copy this file and runs.py with any one stage and it runs; `csrc/` beside them makes it faster.
+Section numbers in comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
 """
 
 import argparse
 import collections
 import contextlib
 import copy
-import csv
 import dataclasses
-import fcntl
 import functools
 import glob
 import hashlib
 import io
-import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tarfile
@@ -35,24 +31,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import runs
+from runs import (
+    Parser,
+    Run,
+    UserError,
+    count,
+    fingerprint,
+    number,
+    numbers,
+    one_line,
+    positive,
+    signals,
+    skip,
+    warn,
+)
+
 HERE = Path(__file__).resolve().parent
-VERSION = 1  # of the files in a run directory
-
-
-class UserError(Exception):
-    """A mistake of the user's, or a disk that refuses: one line on stderr, exit status 2."""
-
-
-class NewerVersion(UserError):
-    """A file that only a later version of these scripts may touch."""
-
 
 # ---- presets: Table 1 ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The settings of one data set, each of them a flag; `digits` is ours, the rest Table 1."""
+    """The settings of one data set, each of them a flag; `digits` is ours, the rest Table 1, but
+    for K and step of EL2N (Appendix A) and the levels (Figure 2)."""
 
     depth: int
     batch_size: int
@@ -86,7 +89,8 @@ PRESETS = {
 # ---- randomness ----------------------------------------------------------------------------------
 
 SCORERS = 1 << 16  # scoring network k is replicate SCORERS + k: no network that IMP prunes
-PURPOSES = ("init", "order", "augment", "subset", "noise", "sample")
+REINIT = 1 << 17  # the other initialisation of replicate k is that of replicate REINIT + k
+PURPOSES = ("init", "order", "augment", "subset", "noise", "sample", "shuffle")
 WORD = 0xFFFFFFFF  # 32 bits
 
 
@@ -108,7 +112,7 @@ def philox_key(seed: int, purpose: str, replicate: int = 0, child: int = 0) -> t
 
 def philox(key: Tensor | tuple[int, int], counter: Tensor) -> Tensor:
     """Philox 4x32-10 (Salmon et al. 2011): key (2,) and counter (..., 4) int64 that hold 32-bit
-    words -> (..., 4) int64 random words. The same on every device, and in csrc/math.h."""
+    words -> (..., 4) int64 random words. The same on every device."""
     k0, k1 = key[0], key[1]
     c0, c1, c2, c3 = counter.unbind(-1)
     for _ in range(10):
@@ -119,33 +123,46 @@ def philox(key: Tensor | tuple[int, int], counter: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], -1)
 
 
-# ---- the four operations that csrc/ fuses: their definitions -------------------------------------
+def draw_crops(
+    key: tuple[int, int], first: int, last: int, batch: int, pad: int, flip: bool, device
+) -> Tensor:
+    """The augmentation of steps [first, last): (last - first, batch, 3) int64 of up and left, the
+    corner of a random crop out of a border of `pad` pixels, in [-pad, pad], and 1 for a flip. Slot
+    b of step s draws from the Philox counter (b, s, 0, 0)."""
+    slot = torch.arange(batch, device=device).expand(last - first, -1)
+    step = torch.arange(first, last, device=device)[:, None].expand_as(slot)
+    zero = torch.zeros_like(slot)
+    words = philox(key, torch.stack([slot, step, zero, zero], -1))
+    corner = (words[..., :2] * (2 * pad + 1) >> 32) - pad
+    return torch.cat([corner, words[..., 2:3] & int(flip)], -1)
 
 
-def fused(definition: Any) -> Any:
+# ---- the operations that csrc/ fuses: their definitions ------------------------------------------
+
+DEFINITIONS: dict[str, Callable] = {}
+
+
+def fused(definition: Callable) -> Callable:
     """Calls the compiled form of `definition` where csrc/ is there and built, else `definition`."""
+    name = definition.__name__
+    DEFINITIONS[name] = definition
 
     @functools.wraps(definition)
     def call(*args, **kwargs):
-        ops = csrc_ops()
-        return (
-            getattr(ops, definition.__name__)(*args, **kwargs)
-            if ops
-            else definition(*args, **kwargs)
-        )
+        return getattr(operations(), name)(*args, **kwargs)
 
     call.definition = definition
     return call
 
 
 @functools.cache
-def csrc_ops() -> Any:
-    """`torch.ops.datadiet`, or None without csrc/ or without a compiler."""
+def operations() -> Any:
+    """A namespace of the operations: compiled, or as defined without csrc/ or a compiler."""
     try:
         import csrc
     except ImportError:
-        return None
-    return csrc.load()
+        return argparse.Namespace(**DEFINITIONS)
+    return csrc.load(DEFINITIONS) or argparse.Namespace(**DEFINITIONS)
 
 
 @fused
@@ -161,14 +178,12 @@ def masked_sgd_(
 ) -> None:
     """One SGD step of every row, in place; pruned weights and their velocities become exactly 0.
 
-    weights, momentum (R, D) float32; gradient (R, D) float32 or bfloat16, zeroed behind the step;
-    mask (R, P) bool over the first P <= D columns; lr (1,) or (R,) float32 on the same device; low
-    (R, D) bfloat16 receives a rounded copy of the new weights.
+    weights, momentum, gradient (R, D) float32, the gradient zeroed behind the step; mask (R, P)
+    bool over the first P <= D columns; lr (1,) float32 on the same device; low (R, D) bfloat16
+    receives a rounded copy of the new weights.
     """
     prunable = mask.shape[1]
-    lr = lr[:, None]
-    step = gradient.to(weights.dtype) + weight_decay * weights
-    momentum.mul_(mu).add_(step)
+    momentum.mul_(mu).add_(gradient + weight_decay * weights)
     momentum[:, :prunable].masked_fill_(~mask, 0)
     weights.sub_(lr * momentum)
     weights[:, :prunable].masked_fill_(~mask, 0)
@@ -181,10 +196,9 @@ def masked_sgd_(
 def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, 0-1 error and EL2N norm ||softmax - onehot||_2 (Definition 2.1) per example.
 
-    logits (N, C) float, labels (N,) int64 in [0, C) -> three (N,) float32 (float64 for float64
-    logits). Ties for the largest logit go to the lowest class; a NaN counts as an error.
+    logits (N, C) float32, labels (N,) int64 in [0, C) -> three (N,) float32. Ties for the largest
+    logit go to the lowest class; a NaN counts as an error.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     log_p = logits.log_softmax(-1)
     picked = labels[:, None]
     loss = -log_p.gather(1, picked)[:, 0]
@@ -196,57 +210,67 @@ def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
 
 @fused
 def loss_barrier(
-    middle: Tensor, first: Tensor, second: Tensor, labels: Tensor, alphas: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Barrier of every example between two networks: loss at (1 - a) first + a second minus the
-    same mixture of the losses at the two ends (not clipped), likewise for the 0-1 error.
+    middle: Tensor, first: Tensor, second: Tensor, labels: Tensor, alpha: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Barrier of every example between two networks: the loss at (1 - alpha) first + alpha second
+    minus the same mixture of the losses at the two ends (not clipped), likewise for the 0-1 error.
 
-    middle (A, N, C) logits of the interpolated networks, first and second (N, C) of the ends,
-    labels (N,) int64, alphas (A,) float32 -> loss (A, N), error (A, N), and their suprema over a,
-    each (N,).
+    middle, first, second (N, C) float32 logits of the interpolated network and of the ends, labels
+    (N,) int64 -> loss (N,), error (N,).
     """
     ends = [example_losses.definition(x, labels)[:2] for x in (first, second)]
-    mids = [example_losses.definition(x, labels)[:2] for x in middle]
-    a = alphas.to(ends[0][0].dtype)[:, None]
-    loss, error = (
-        torch.stack([m[i] for m in mids]) - ((1 - a) * ends[0][i] + a * ends[1][i]) for i in (0, 1)
-    )
-    return loss, error, loss.amax(0), error.amax(0)
+    a = torch.tensor(alpha, dtype=middle.dtype, device=middle.device)
+    at_middle = example_losses.definition(middle, labels)[:2]
+    loss, error = (m - ((1 - a) * x + a * y) for m, x, y in zip(at_middle, *ends, strict=True))
+    return loss, error
 
 
 @fused
 def augment(
     images: Tensor,
     indices: Tensor,
-    key: Tensor,
-    step: Tensor,
+    crops: Tensor,
     scale: Tensor,
     shift: Tensor,
-    pad: int,
-    flip: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A training batch: random crop out of a border of `pad` black pixels, random flip, normalise.
+    """A training batch: cropped out of a black border, flipped, normalised.
 
-    images (N, H, W, C) uint8, indices (B,) int64, key (2,) int64 and step (1,) int64 for `philox`
-    (slot b of the batch draws from counter (b, step, 0, 0): words 0 and 1 crop, word 2 flips),
-    scale and shift (C,) float32 with pixel * scale + shift the normalised value -> (B, C, H, W)
+    images (N, H, W, C) uint8, indices (B,) int64, crops (B, 3) int64 of `draw_crops`, scale and
+    shift (C,) float32 with pixel * scale + shift the normalised value -> (B, C, H, W)
     channels-last, float32 or bfloat16.
     """
     height, width = images.shape[1:3]
-    slot = torch.arange(len(indices), device=images.device)
-    zero = torch.zeros_like(slot)
-    words = philox(key, torch.stack([slot, step.expand_as(slot), zero, zero], -1))
-    up, left = (words[:, :2] * (2 * pad + 1) >> 32).sub_(pad).unbind(-1)
+    up, left, mirrored = crops.unbind(-1)
     x = torch.arange(width, device=images.device).expand(len(indices), width)
-    if flip:
-        x = torch.where((words[:, 2] & 1)[:, None] > 0, width - 1 - x, x)
-    x = x + left[:, None]
+    x = torch.where(mirrored[:, None] > 0, width - 1 - x, x) + left[:, None]
     y = torch.arange(height, device=images.device) + up[:, None]
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     pixels = images[indices[:, None, None], y[:, :, None], x[:, None, :]] * inside[..., None]
     return (pixels * scale + shift).to(dtype).permute(0, 3, 1, 2)
+
+
+@fused
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """BatchNorm in training mode, plus `residual`, then ReLU: y (N, C, H, W).
+
+    x, residual and y (N, C, H, W) float32 or bfloat16, weight, bias and the running statistics
+    (C,) float32, the latter two updated in place.
+    """
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -320,7 +344,7 @@ def load_cifar(name: str, folder: Path) -> tuple:
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
-        with contextlib.redirect_stdout(sys.stderr), lock(folder / f".{name}.lock", wait=True):
+        with contextlib.redirect_stdout(sys.stderr), runs.lock(folder / f".{name}.lock", wait=True):
             train, test = (kind(folder, train=t, download=True) for t in (True, False))
     except (OSError, RuntimeError) as e:
         remedy = f"put {kind.filename} (MD5 {kind.tgz_md5}) into {folder}"
@@ -346,7 +370,7 @@ def load_images(name: str, folder: Path, quiet: bool) -> tuple:
     stamp = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
     cache = folder / f"{Path(name).resolve().name}-{stamp}.npz"
     keys = ("train_images", "train_labels", "test_images", "test_labels", "classes")
-    with lock(folder / f".{cache.stem}.lock", wait=True):
+    with runs.lock(folder / f".{cache.stem}.lock", wait=True):
         if cache.exists():
             try:
                 *arrays, classes, made_from = read_npz(cache, *keys, "stamp")
@@ -354,12 +378,12 @@ def load_images(name: str, folder: Path, quiet: bool) -> tuple:
                     raise UserError(f"{cache} is of other images")
                 return *arrays, classes.tolist()
             except UserError as e:
-                print(f"{e}: decoding again", file=sys.stderr)
+                warn(f"{e}: decoding again")
         for left in folder.glob(f".{glob.escape(cache.name)}.*.tmp"):  # by a process that died
             left.unlink()
         *arrays, classes = decode(files or archived_images(folder), quiet)
         arrays_by_key = dict(zip(keys, [*arrays, np.array(classes)], strict=True))
-        write(cache, lambda f: np.savez(f, **arrays_by_key, stamp=np.array(stamp)))
+        runs.write(cache, lambda f: np.savez(f, **arrays_by_key, stamp=np.array(stamp)))
     return *arrays, classes
 
 
@@ -444,12 +468,21 @@ def decode_image(file: tuple, gray: bool | None = None) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
+def read_npz(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of an .npz, whose zip checksums are verified; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return [f[n] for n in names]
+    except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
+        raise UserError(f"{path} is damaged ({one_line(e)})") from e
+
+
 # ---- which examples a row trains on --------------------------------------------------------------
 
 
 def noisy_labels(data: Data, fraction: float, seed: int) -> Tensor:
     """Training labels of which ceil(fraction N) are redrawn uniformly over all classes, their own
-    included (Section 3.2); depends on the seed alone. (N,) int64."""
+    included (Section 3, Appendix A); depends on the seed alone. (N,) int64."""
     labels = data.train_labels.clone()
     if fraction:
         draw = generator(seed, "noise")
@@ -488,89 +521,151 @@ def choose_subset(args: argparse.Namespace, data: Data, labels: Tensor, replicat
     return torch.from_numpy(np.sort(order[first : first + size])).to(labels.device)
 
 
-def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
-    """The scores of --scores (N,), checked against the data; made by `el2n.py` where none exist."""
-    path = Path(args.scores) if args.scores else scores_path(args, data)
-    about = path.with_suffix(".json")
-    if not args.scores and not (path.exists() and about.exists()):
-        try:
-            import el2n
-        except ImportError as e:
-            raise UserError(
-                f"--subset {args.subset} needs scores: no {path}; give --scores FILE"
-            ) from e
-        el2n.main(el2n.arguments(args))
-    try:
-        scores = read_npy(path)
-        told = read_json(about, "metric") if about.exists() else {}
-    except NewerVersion:
-        raise
-    except UserError as e:
-        remedy = "" if args.scores else ": el2n.py --fresh makes the scores again"
-        raise UserError(f"--scores {e}{remedy}") from e
-    n = len(data.train_labels)
-    if scores.shape != (n,) or scores.dtype.kind not in "fiu":
-        told = f"{scores.dtype} {scores.shape}"
-        raise UserError(f"--scores {path}: {told}, but {data.name} has {n} training images")
-    if np.isnan(scores).any():
-        raise UserError(f"--scores {path}: example {np.isnan(scores).argmax()} has no score (NaN)")
-    if told and told.get("sha256_of_scores") != fingerprint(scores):
-        raise UserError(
-            f"--scores {path}: damaged, its checksum in {about.name} differs: el2n.py --fresh "
-            "makes EL2N scores again"
-        )
-    if told and told.get("data") != data.fingerprint:
-        raise UserError(f"--scores {path}: made from other data than {data.name}")
-    noise = [args.label_noise, args.seed if args.label_noise else 0]
-    if told and told.get("label_noise", noise) != noise:
-        raise UserError(f"--scores {path}: made under other labels (--label-noise, --seed)")
-    if not args.scores and told.get("made_with") != scores_settings(args):
-        remedy = "el2n.py --fresh makes these"
-        raise UserError(f"--scores {path}: those of other settings, put there by hand: {remedy}")
-    return scores
+# ---- scores --------------------------------------------------------------------------------------
+
+SCORE_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "pad", "flip")
+SCORE_KEYS += ("networks", "score_step")
 
 
-SCORES_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "pad", "flip")
-SCORES_KEYS += ("networks", "score_step")
+def scoring(args: argparse.Namespace) -> argparse.Namespace:
+    """The settings under which a stage's EL2N scores are made: its own, but Table 1's where the
+    stage as such departs from it, as warmup does."""
+    table1, own = vars(PRESETS[args.preset]), vars(args.defaults)
+    same = {k: getattr(args, k) for k in table1 if hasattr(args, k) and own[k] == table1[k]}
+    values = {**vars(args), **table1, **same, "defaults": PRESETS[args.preset]}
+    return argparse.Namespace(**values)
 
 
-def scores_settings(args: argparse.Namespace) -> dict:
+def scores_path(args: argparse.Namespace) -> Path:
+    """Where EL2N scores lie; what they do not depend on is not in the name."""
+    args = scoring(args)
+    return run_folder(args, "el2n", run_name(args, "el2n", keys=SCORE_KEYS)) / "scores.npy"
+
+
+def score_settings(args: argparse.Namespace) -> dict:
     """What EL2N scores depend on, beside data, labels and the precision they were made in."""
-    keys = ("depth", "width", "seed", *SCORES_KEYS)
-    return {k: getattr(args, k, getattr(PRESETS[args.preset], k, None)) for k in keys}
+    args = scoring(args)
+    return {k: getattr(args, k) for k in ("depth", "width", "seed", *SCORE_KEYS)}
 
 
-def write_scores(
+def train_scorers(
+    args: argparse.Namespace,
+    data: Data,
+    run: Run,
+    phase: str,
+    milestones: tuple[int, ...] = (),
+    count_events: Callable[["Training"], None] = lambda t: None,
+) -> "Training":
+    """The K networks of Definition 2.1, trained side by side for --score-step steps."""
+    labels = noisy_labels(data, args.label_noise, args.seed)
+    networks = Networks(make_model(args, data), args.networks, args.device)
+    streams = []
+    for k in range(args.networks):
+        networks.load(k, fresh_state(args, data, SCORERS + k))
+        streams.append(make_stream(args, data, SCORERS + k, labels=labels))
+    schedule = step_schedule(args.lr, milestones)
+    training = Training(args, data, networks, streams, 0, args.score_step, schedule)
+    count_events(training)
+    with runs.progress_bar(args.score_step * args.networks, args.quiet) as progress:
+        fit(training, [run], phase, progress)
+    for k, step in enumerate(networks.diverged.tolist()):
+        if step >= 0:
+            raise UserError(f"network {k} diverged at step {step}: lower --lr ({args.lr:g})")
+    return training
+
+
+def save_scores(
     folder: Path,
-    scores: np.ndarray,
+    each: np.ndarray,
     labels: Tensor,
     args: argparse.Namespace,
     data: Data,
-    **more: Any,
+    **about: Any,
 ) -> None:
-    """scores.npy, (N,) float32 of the training examples under `labels`, and scores.json with what
-    they were made from and `more`."""
-    y = labels.cpu().numpy()
+    """scores.npy, (N,) float32, the mean over rows of `each` (K, N) for the training examples under
+    `labels`, and scores.json with what they were made from and `about`."""
+    scores, y = each.mean(0, dtype=np.float64).astype(np.float32), labels.cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise UserError(f"scores are not finite: lower --lr ({args.lr:g})")
     by_class = {c: float(scores[y == k].mean()) for k, c in enumerate(data.classes)}
-    told = {
-        **more,
+    about |= {
         "data": data.fingerprint,
         "label_noise": [args.label_noise, args.seed if args.label_noise else 0],
         "sha256_of_scores": fingerprint(scores),
         "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
         "mean_by_class": by_class,
     }
-    write(folder / "scores.npy", lambda f: np.save(f, scores))
-    write_json(folder / "scores.json", told)
+    runs.write_array(folder / "scores.npy", scores)
+    runs.write_json(folder / "scores.json", about)
 
 
-def scores_path(args: argparse.Namespace, data: Data) -> Path:
-    """Where `el2n.py` leaves EL2N scores; what they do not depend on is not in the name."""
-    name = run_name(args, "el2n", keys=SCORES_KEYS)
-    return args.out / "el2n" / model_name(args, data) / name / "scores.npy"
+def make_scores(args: argparse.Namespace, data: Data) -> Path:
+    """EL2N scores (Definition 2.1, Appendix A), made unless they are there; their path."""
+    args, path = scoring(args), scores_path(args)
+    settings = settings_of(args, data, "networks", "score_step", "label_noise")
+    del settings["steps"], settings["milestones"]  # networks early in training: no matter how long
+    settings["metric"] = "el2n"
+    with open_runs(args, "el2n", path.parent.name, settings, [None]) as [run]:
+        if run.result is None or not run.has("scores.npy") or not run.has("scores.json"):
+            training = train_scorers(args, data, run, "el2n")
+            labels = training.streams[0].labels
+            norms = evaluate(training.networks, data, data.train_images, labels)[2].cpu().numpy()
+            about = {"metric": "el2n", "networks": args.networks, "score_step": args.score_step}
+            about["made_with"] = score_settings(args)
+            save_scores(run.folder, norms, labels, args, data, **about)
+            run.finish({"scores": "scores.npy", "seconds": run.seconds, "ended": None})
+    about = runs.read_json(path.with_suffix(".json"), "metric")
+    order = " ".join(about["classes_from_easy_to_hard"])
+    print(f"el2n of {data.name}, {args.networks} networks; from easy to hard: {order}")
+    return path
+
+
+def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
+    """The scores of --scores (N,), checked against the data; EL2N, made if missing, without."""
+    path = args.scores or scores_path(args)
+    json_path = path.with_suffix(".json")
+    if not args.scores and not (path.exists() and json_path.exists()):
+        make_scores(args, data)
+    remedy = "" if args.scores else ": el2n.py --fresh makes the scores again"
+    try:
+        scores = runs.read_npy(path)
+        about = runs.read_json(json_path, "metric") if json_path.exists() else {}
+    except runs.FormatError:
+        raise
+    except UserError as e:
+        raise UserError(f"--scores {e}{remedy}") from e
+    n, noise = len(data.train_labels), [args.label_noise, args.seed if args.label_noise else 0]
+    if scores.shape != (n,) or scores.dtype.kind not in "fiu":
+        shape = f"{scores.dtype} {scores.shape}"
+        raise UserError(f"--scores {path}: {shape}, but {data.name} has {n} training images")
+    if np.isnan(scores).any():
+        raise UserError(f"--scores {path}: example {np.isnan(scores).argmax()} has no score (NaN)")
+    if about and about.get("sha256_of_scores") != fingerprint(scores):
+        problem = f"damaged, its checksum in {json_path.name} differs"
+        raise UserError(f"--scores {path}: {problem}: el2n.py --fresh makes EL2N scores again")
+    if about and about.get("data") != data.fingerprint:
+        raise UserError(f"--scores {path}: made from other data than {data.name}")
+    if about and about.get("label_noise", noise) != noise:
+        raise UserError(f"--scores {path}: made under other labels (--label-noise, --seed)")
+    if not args.scores and about.get("made_with") != score_settings(args):
+        problem = "those of other settings, put there by hand"
+        raise UserError(f"--scores {path}: {problem}: el2n.py --fresh makes these")
+    return scores
 
 
 # ---- ResNet (He et al. 2016, for small images) ---------------------------------------------------
+
+
+def norm_relu(
+    x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """BatchNorm, plus `residual`, then ReLU: in one pass while statistics are being taken."""
+    if norm.training and norm.track_running_stats:
+        tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        return batch_norm_relu(x, *tensors, residual, norm.momentum, norm.eps, relu)
+    y = norm(x)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
 
 
 class Block(nn.Module):
@@ -586,8 +681,11 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y, residual = norm_relu(self.conv1(x), self.bn1), x
+        if isinstance(self.shortcut, nn.Sequential):
+            conv, norm = self.shortcut
+            residual = norm_relu(conv(x), norm, relu=False)
+        return norm_relu(self.conv2(y), self.bn2, residual)
 
 
 class ResNet(nn.Module):
@@ -606,23 +704,28 @@ class ResNet(nn.Module):
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        x = norm_relu(self.stem[0](x), self.stem[1])
+        return self.head(self.blocks(x).mean((2, 3)))
 
 
-def initialise(module: nn.Module, draw: np.random.Generator) -> None:
-    """Kaiming normal conv and linear weights; BatchNorm scales U[0, 1) and shifts 0, as the authors
-    have it; linear biases as torch has them."""
-    for m in module.modules():
+def fresh_state(args: argparse.Namespace, data: Data, replicate: int) -> dict[str, Tensor]:
+    """The initialisation of a replicate, a state_dict: Kaiming normal conv and linear weights,
+    BatchNorm scales U[0, 1) and shifts 0, as the authors have it; all else as the module
+    initialises itself, from the replicate's stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seeds(args.seed, "init", replicate).generate_state(1)[0]))
+        model = make_model(args, data)
+    draw = generator(args.seed, "init", replicate)
+    for m in model.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             fan_in = m.weight[0].numel()
             assign(m.weight, draw.standard_normal(m.weight.shape) * math.sqrt(2 / fan_in))
             if m.bias is not None:
                 assign(m.bias, draw.uniform(-1, 1, m.bias.shape) / math.sqrt(fan_in))
-        elif isinstance(m, nn.BatchNorm2d):
+        elif isinstance(m, nn.BatchNorm2d) and m.affine:
             assign(m.weight, draw.uniform(0, 1, m.weight.shape))
             assign(m.bias, np.zeros(m.bias.shape))
-            assign(m.running_mean, np.zeros(m.bias.shape))
-            assign(m.running_var, np.ones(m.bias.shape))
+    return model.state_dict()
 
 
 @torch.no_grad()
@@ -630,11 +733,64 @@ def assign(tensor: Tensor, value: np.ndarray) -> None:
     tensor.copy_(torch.from_numpy(value))
 
 
+def check_model(args: argparse.Namespace, data: Data) -> None:
+    """UserError, by name, for a module that rows cannot keep exact: one that draws at random in its
+    forward pass, has parameters that are not float32, or does not give a logit for each class."""
+    model, names = make_model(args, data).train(), []
+    for name, p in model.named_parameters():
+        if p.dtype != torch.float32:
+            raise UserError(f"{name} is {p.dtype}: parameters must be float32")
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        for name, m in model.named_modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None:
+                raise UserError(
+                    f"{name}: BatchNorm with momentum=None counts its batches; give one"
+                )
+
+            def note(module, inputs, output, name=name):
+                if not torch.equal(torch.get_rng_state(), state):
+                    names.append(f"{name or 'the module'} ({type(module).__name__})")
+
+            m.register_forward_hook(note)
+        x = (data.train_images[:2].cpu() * data.scale.cpu() + data.shift.cpu()).permute(0, 3, 1, 2)
+        shape = tuple(model(x).shape)
+    if names:
+        raise UserError(f"{names[0]} draws at random in its forward pass: no exact resume with it")
+    if shape != (2, len(data.classes)):
+        raise UserError(f"make_model gives {shape} for 2 images of {len(data.classes)} classes")
+
+
 # ---- networks as rows ----------------------------------------------------------------------------
 
 
 def padded(n: int) -> int:
-    return -(-n // 128) * 128  # rows start on 256 bytes: no kernel is chosen by a row's place
+    return -(-n // 128) * 128  # rows start on 512 bytes: no kernel is chosen by a row's place
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a parameter or floating buffer of a module lies in a row."""
+
+    name: str
+    shape: torch.Size
+    columns: slice
+
+    def of(self, row: Tensor) -> Tensor:
+        """The part of a row in its own shape; conv weights lie as (out, kh, kw, in):
+        channels-last."""
+        if len(self.shape) != 4:
+            return row[self.columns].view(self.shape)
+        out, channels, kh, kw = self.shape
+        return row[self.columns].view(out, kh, kw, channels).permute(0, 3, 1, 2)
+
+
+def slots(tensors: Iterable[tuple[str, Tensor]], start: int = 0) -> list[Slot]:
+    places = []
+    for name, t in tensors:
+        places.append(Slot(name, t.shape, slice(start, start + t.numel())))
+        start += t.numel()
+    return places
 
 
 class Networks:
@@ -642,56 +798,47 @@ class Networks:
 
     weights, momentum, gradient (R, D) float32, prunable weights (conv and linear) in the first P
     columns; mask (R, P) bool, True where a weight is alive; batchnorm (R, B) float32 running
-    statistics; diverged (R,) int64, the step at which the loss stopped being finite, or -1.
-    `modules[r]` is an ordinary nn.Module whose parameters, gradients and buffers view row r.
+    statistics and other floating buffers; diverged (R,) int64, the step at which the loss stopped
+    being finite, or -1. `modules[r]` is an ordinary nn.Module whose parameters, gradients and
+    buffers view row r. Outside the process a network is a state_dict: `state`, `load`.
     """
 
     def __init__(self, model: nn.Module, rows: int, device: torch.device):
-        kinds = (nn.Conv2d, nn.Linear)
-        named = [
-            (m, k, p) for m in model.modules() for k, p in m._parameters.items() if p is not None
-        ]
-        prunable = [isinstance(m, kinds) and k == "weight" for m, k, _ in named]
-        sizes = [p.numel() for *_, p in named]
-        stats = [b.numel() for m in model.modules() for b in m._buffers.values() if is_statistic(b)]
-        self.weights = torch.zeros(rows, padded(sum(sizes)), device=device)
+        owners = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        parameters = list(model.named_parameters())
+        prunable = slots((n, p) for n, p in parameters if id(p) in owners)
+        width = prunable[-1].columns.stop if prunable else 0
+        rest = slots(((n, p) for n, p in parameters if id(p) not in owners), width)
+        buffers = slots((n, b) for n, b in model.named_buffers() if b.is_floating_point())
+        self.parameters, self.buffers = [*prunable, *rest], buffers
+        self.layers = {s.name.removesuffix(".weight"): s for s in prunable}
+        total, statistics = (x[-1].columns.stop if x else 0 for x in (self.parameters, buffers))
+        self.weights = torch.zeros(rows, padded(total), device=device)
         self.momentum = torch.zeros_like(self.weights)
         self.gradient = torch.zeros_like(self.weights)
-        count = sum(n for n, p in zip(sizes, prunable, strict=True) if p)
-        self.mask = torch.ones(rows, count, dtype=torch.bool, device=device)
-        self.batchnorm = torch.zeros(rows, padded(sum(stats)), device=device)
+        self.mask = torch.ones(rows, width, dtype=torch.bool, device=device)
+        self.batchnorm = torch.zeros(rows, padded(statistics), device=device)
         self.low: Tensor | None = None
         self.diverged = torch.full((rows,), -1, device=device)
-        self.layers: dict[str, slice] = {}  # name -> columns, prunable layers only
         self.template = model
         self.modules = [self.view(r) for r in range(rows)]
 
     def view(self, row: int, low: bool = False) -> nn.Module:
-        """A module whose tensors are views of a row; with `low`, conv and linear parameters are
-        views of `self.low`."""
+        """A module whose tensors are views of a row; with `low`, all parameters but those of
+        BatchNorm are views of `self.low`."""
         module = copy.deepcopy(self.template).to(self.weights.device)
-        tail, head, stat = self.mask.shape[1], 0, 0
-        for name, m in module.named_modules():
-            matters = isinstance(m, nn.Conv2d | nn.Linear)
-            for key, p in m._parameters.items():
-                if p is None:
-                    continue
-                if matters and key == "weight":
-                    columns, head = slice(head, head + p.numel()), head + p.numel()
-                    self.layers[name] = columns
-                else:
-                    columns, tail = slice(tail, tail + p.numel()), tail + p.numel()
-                matrix = self.low if low and matters else self.weights
-                q = nn.Parameter(shaped(matrix[row, columns], p.shape))
-                if not low:
-                    q.grad = shaped(self.gradient[row, columns], p.shape)
-                m._parameters[key] = q
-            for key, b in m._buffers.items():
-                if is_statistic(b):
-                    m._buffers[key] = self.batchnorm[row, stat : stat + b.numel()].view(b.shape)
-                    stat += b.numel()
-            if isinstance(m, nn.BatchNorm2d):
-                m._buffers["num_batches_tracked"] = None  # its momentum is fixed, so nothing counts
+        batchnorm = nn.modules.batchnorm._BatchNorm
+        norms = [m for m in module.modules() if isinstance(m, batchnorm)]
+        full = {id(p) for m in norms for p in m.parameters()}
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        for slot in self.parameters:
+            p = parameters[slot.name]
+            p.data = slot.of((self.low if low and id(p) not in full else self.weights)[row])
+            p.grad = None if low else slot.of(self.gradient[row])
+        for slot in self.buffers:
+            buffers[slot.name].data = slot.of(self.batchnorm[row])
+        for m in norms:
+            m.num_batches_tracked = None  # the momentum of the statistics is fixed: nothing counts
         return module
 
     def lowered(self) -> list[nn.Module]:
@@ -708,36 +855,91 @@ class Networks:
         """Copies on the CPU of the state of some rows: all that a step reads and writes."""
         return {k: getattr(self, k)[rows].cpu().clone() for k in STATE}
 
-    def snapshot(self, row: int) -> dict[str, Tensor]:
-        """What a trained network is, on the CPU: weights (D,) and BatchNorm statistics (B,)."""
-        return {k: getattr(self, k)[row].cpu().clone() for k in ("weights", "batchnorm")}
-
     def put(self, rows: slice, state: dict[str, Tensor]) -> None:
         for k in STATE:
             getattr(self, k)[rows] = state[k].to(self.weights.device)
 
-    def rewind(self, row: int, start: dict, mask: Tensor | None = None) -> None:
-        """Row `row` becomes w_tr under a mask: weights and BatchNorm of `start`, no velocity."""
-        self.mask[row] = True if mask is None else mask.to(self.mask.device)
-        self.weights[row] = start["weights"].to(self.weights.device)
-        self.weights[row, : self.mask.shape[1]].masked_fill_(~self.mask[row], 0)
-        self.batchnorm[row] = start["batchnorm"].to(self.weights.device)
-        self.momentum[row], self.gradient[row], self.diverged[row] = 0, 0, -1
+    def state(self, row: int) -> dict[str, Tensor]:
+        """The state_dict of a row: copies on the CPU under the module's names and shapes."""
+        state = self.modules[row].state_dict()
+        return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+
+    @torch.no_grad()
+    def load(self, row: int, state: dict[str, Tensor]) -> None:
+        """Row `row` becomes the network of a state_dict that fits: all alive, no velocity."""
+        mine = self.modules[row].state_dict()
+        for k, v in mine.items():
+            v.copy_(state[k])
+        self.mask[row], self.diverged[row] = True, -1
+        self.momentum[row], self.gradient[row] = 0, 0
+
+    def rewind(self, row: int, state: dict[str, Tensor], mask: Tensor | None = None) -> None:
+        """Row `row` becomes w_tr under a mask (P,): weights and BatchNorm of `state`, no
+        velocity."""
+        self.load(row, state)
+        if mask is not None:
+            self.mask[row] = mask.to(self.mask.device)
+            self.weights[row, : len(mask)].masked_fill_(~self.mask[row], 0)
+
+    def momentum_state(self, row: int) -> dict[str, Tensor]:
+        """The velocities of a row by parameter, on the CPU."""
+        named = {s.name: s.of(self.momentum[row]) for s in self.parameters}
+        return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()}
+
+    def set_momentum(self, row: int, state: dict[str, Tensor]) -> None:
+        for slot in self.parameters:
+            slot.of(self.momentum[row]).copy_(state[slot.name])
+
+    def masks(self, row: int) -> dict[str, Tensor]:
+        """The mask of a row by layer, in the shapes of the weights, on the CPU."""
+        named = {name: slot.of(self.mask[row]) for name, slot in self.layers.items()}
+        return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()}
+
+    def flat_mask(self, masks: dict[str, Tensor]) -> Tensor:
+        """(P,) on the device of masks by layer; UserError where they are another network's."""
+        flat = torch.ones_like(self.mask[0])
+        if masks.keys() != self.layers.keys():
+            names = ", ".join(sorted(masks.keys() ^ self.layers.keys())[:3])
+            raise UserError(f"masks of other layers than this network's ({names})")
+        for name, slot in self.layers.items():
+            if masks[name].shape != slot.shape:
+                shapes = f"{tuple(masks[name].shape)}, not {tuple(slot.shape)}"
+                raise UserError(f"the mask of {name} has shape {shapes}")
+            slot.of(flat).copy_(masks[name])
+        return flat
 
 
 STATE = ("weights", "momentum", "batchnorm", "diverged")
 
 
-def is_statistic(buffer: Tensor | None) -> bool:
-    return buffer is not None and buffer.is_floating_point()
+def check_fits(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state_dict that `model` has; UserError where anything is missing or of another
+    shape."""
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    wanted = model.state_dict()
+    wanted = {k: v.shape for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
+    for name in [*wanted, *state]:
+        if name not in state or name not in wanted:
+            problem = "is missing" if name not in state else "is not in this network"
+            raise UserError(f"{source}: {name} {problem}: another network, or --depth, --width")
+        if state[name].shape != wanted[name]:
+            shapes = f"{tuple(state[name].shape)}, this network's {tuple(wanted[name])}"
+            raise UserError(f"{source}: {name} has shape {shapes}")
+    return state
 
 
-def shaped(row: Tensor, shape: torch.Size) -> Tensor:
-    """A part of a row as a parameter; conv weights lie as (out, kh, kw, in): channels-last."""
-    if len(shape) != 4:
-        return row.view(shape)
-    out, channels, kh, kw = shape
-    return row.view(out, kh, kw, channels).permute(0, 3, 1, 2)
+def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict of a .pt, ours or anyone's, and what else one of ours says."""
+    content = runs.load_tensors(path)
+    if isinstance(content, dict) and "sha256" in content:
+        content = runs.checked_tensors(path, content)
+    about = content if isinstance(content, dict) else {}
+    state = next(
+        (about[k] for k in ("model", "state_dict") if isinstance(about.get(k), dict)), about
+    )
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f'{path} holds no network: neither a state_dict nor one as "model"')
+    return state, {} if state is about else about
 
 
 # ---- training and evaluation ---------------------------------------------------------------------
@@ -746,12 +948,12 @@ def shaped(row: Tensor, shape: torch.Size) -> Tensor:
 @dataclasses.dataclass
 class Stream:
     """What one row trains on: the labels (N,), the training examples it may draw (M,), and the
-    keys of its data order and of its augmentation."""
+    Philox keys of its data order and of its augmentation."""
 
     labels: Tensor
     indices: Tensor
     order: tuple[int, int]
-    augment: Tensor
+    augment: tuple[int, int]
 
 
 def make_stream(
@@ -769,7 +971,7 @@ def make_stream(
         data.train_labels if labels is None else labels,
         torch.arange(len(data.train_labels), device=device) if indices is None else indices,
         philox_key(args.seed, "order", replicate, child),
-        torch.tensor(philox_key(args.seed, "augment", replicate, child), device=device),
+        philox_key(args.seed, "augment", replicate, child),
     )
 
 
@@ -801,46 +1003,15 @@ def step_schedule(lr: float, milestones: tuple[int, ...]) -> Callable[[int], flo
     return lambda step: lr * 0.1 ** sum(step >= m for m in milestones)
 
 
-@functools.cache
-def forward_loss(engine: str) -> Callable:
-    """(module, images (B, C, H, W), labels (B,)) -> mean cross-entropy, logits (B, classes)."""
-
-    def forward(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = module(x)
-        return F.cross_entropy(logits.float(), y), logits
-
-    if engine == "eager":
-        return forward
-    from torch._inductor import config
-
-    # Without the option kernels are chosen by timing them, and another start may choose otherwise.
-    options = {"deterministic": True} if hasattr(config, "deterministic") else None
-    compiled = torch.compile(forward, dynamic=False, options=options)
-
-    def call(*batch) -> tuple[Tensor, Tensor]:
-        nonlocal compiled
-        try:
-            return compiled(*batch)
-        except Exception as e:  # whatever a compiler fails with costs speed only
-            recording = batch[1].is_cuda and torch.cuda.is_current_stream_capturing()
-            if compiled is forward or recording or isinstance(e, torch.OutOfMemoryError):
-                raise
-            print(f"torch.compile failed, going on eagerly: {one_line(e)}", file=sys.stderr)
-            compiled = forward
-            return forward(*batch)
-
-    return call
-
-
-Watch = Callable[[Networks, Tensor, dict[int, Tensor], dict[int, Tensor]], None]
+Watch = Callable[["Networks", int, Tensor, Tensor, Tensor], None]
 
 
 @dataclasses.dataclass
 class Training:
     """Rows that train side by side from step `start` to step `stop` at the rate `lr_at(step)`.
 
-    `at` names steps to report at. `watch(networks, step, indices, logits)` is called between
-    backward and update, the latter two by row; tensors of its own, rows first, go into `extra`.
+    `at` names steps to report at. `watch(networks, row, step, indices, logits)` is called for every
+    row between backward and update; tensors of its own, rows first, go into `extra`.
     """
 
     args: argparse.Namespace
@@ -855,25 +1026,33 @@ class Training:
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
+@functools.cache
+def cuda_streams(device: torch.device) -> list[Any]:
+    """All streams that training uses, made once: torch deals 32 in turn, and a later one could be
+    the capture stream itself. The first captures and warms up, the others are branches."""
+    with torch.cuda.device(device):
+        return [torch.cuda.Stream() for _ in range(32)]
+
+
 class Captured:
     """A function of nothing but the device's state, as a CUDA graph: called three times to warm
     up, then recorded, then replayed, each call a step that counts. Runs on as it is where it cannot
     be recorded."""
 
-    failed: ClassVar[list] = []  # torch 2.11's allocator goes on asking a graph that failed
+    failed: ClassVar[list] = []  # keep failed graphs alive: torch 2.11's allocator refers to them
 
-    def __init__(self, function: Callable[[], None]):
-        self.function, self.calls, self.graph = function, 0, None
+    def __init__(self, function: Callable[[], None], stream: Any):
+        self.function, self.stream, self.calls, self.graph = function, stream, 0, None
 
     def __call__(self) -> None:
         if self.calls == 3:
             torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
             try:
-                graph = torch.cuda.CUDAGraph()
                 # The outer context puts the stream back where a failed capture does not.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
-                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
                 ):
                     self.function()
                 self.graph = graph
@@ -881,24 +1060,24 @@ class Captured:
                 raise
             except RuntimeError as e:
                 self.failed.append(graph)
-                print(f"CUDA graph failed, going on without: {one_line(e)}", file=sys.stderr)
+                warn(f"CUDA graph failed, going on without: {one_line(e)}")
         self.calls += 1
         if self.graph:
             return self.graph.replay()
-        with beside(torch.cuda.Stream()) as stream:  # warming up on the main one is not allowed
+        with beside(self.stream):  # warming up on the main stream is not allowed
             self.function()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @contextlib.contextmanager
-def beside(stream: Any) -> Iterator[Any]:
+def beside(stream: Any) -> Iterator[None]:
     """Puts work on another stream, after what the current one has in hand; None: nothing new."""
     if stream is None:
-        yield None
+        yield
     else:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            yield stream
+            yield
 
 
 Leaves = list[tuple[list[Tensor], list[Tensor]]]  # parameters, where their gradients go
@@ -926,79 +1105,81 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
     """Takes one masked SGD step of every row after the other; yields the number of steps done at
     each step of `t.at` and now and then between.
 
-    A row whose loss stops being finite is left where it is (`networks.diverged`). A step reads and
-    writes the device's memory only (its number, rate and batches lie in tables there) and never
-    waits for it, so that a CUDA graph of one step is every step. In a graph the rows are parallel
-    branches.
+    A row whose loss stops being finite computes on in its own row; `networks.diverged` says from
+    which step on. A step reads and writes the device's memory only (its rate, batches, crops and
+    losses lie in tables there) and never waits for it, so that a CUDA graph of one step is every
+    step. In a graph the rows are parallel branches.
     """
-    args, networks, streams = t.args, t.networks, t.streams
-    images, scaling = t.data.train_images, (t.data.scale, t.data.shift, args.pad, args.flip)
+    args, networks, streams, data = t.args, t.networks, t.streams, t.data
     step, device = t.start if start is None else start, networks.weights.device
-    cuda, graph = device.type == "cuda", args.engine == "graph"
-    longest = 128 if cuda else 16
-    compute = forward_loss(args.engine)
+    rows, cuda, graph = networks.rows, device.type == "cuda", args.engine == "graph"
+    longest, size = 128 if cuda else 16, args.batch_size  # of the tables, in steps
     low = args.precision == "bf16"
     modules = networks.lowered() if low else networks.modules
     dtype = torch.bfloat16 if low else torch.float32
     leaves = [leaves_by_type(*pair) for pair in zip(modules, networks.modules, strict=True)]
-    rates = [t.lr_at(s) for s in range(t.start, t.stop)]
-    rates = torch.tensor(rates, dtype=torch.float32, device=device)
-    batches = torch.zeros(networks.rows, longest, args.batch_size, dtype=torch.int64, device=device)
-    place = torch.zeros(1, dtype=torch.int64, device=device)  # in the table of batches
-    now = torch.full((1,), step, device=device)
-    branches = [torch.cuda.Stream() if graph else None for _ in streams]
+    rates = torch.tensor([t.lr_at(s) for s in range(t.start, t.stop)], device=device)
+    table = functools.partial(torch.zeros, dtype=torch.int64, device=device)
+    batches, targets = table(rows, longest, size), table(rows, longest, size)
+    crops, losses = table(rows, longest, size, 3), torch.zeros(rows, longest, device=device)
+    rate, steps_, place = torch.zeros(longest, device=device), table(longest), table(1)
+    pool = cuda_streams(device) if graph else [None] * 2
+    branches = [pool[1 + r % (len(pool) - 1)] for r in range(rows)]
 
-    def one_step(active: list[int]) -> None:
-        chosen, seen = {}, {}
-        for r in active:
+    def one_step() -> None:
+        indices, labels, crop = (x.index_select(1, place)[:, 0] for x in (batches, targets, crops))
+        now = steps_.index_select(0, place)
+        for r in range(rows):
             with beside(branches[r]):
-                indices = batches[r].index_select(0, place)[0]
-                x = augment(images, indices, streams[r].augment, now, *scaling, dtype)
-                loss, logits = compute(modules[r], x, streams[r].labels[indices])
+                x = augment(data.train_images, indices[r], crop[r], data.scale, data.shift, dtype)
+                logits = modules[r](x)
+                loss = F.cross_entropy(logits.float(), labels[r])
                 backward(loss, leaves[r])
-                chosen[r], seen[r] = indices, logits.detach()
-                finite = loss.detach().isfinite() | (networks.diverged[r] >= 0)
-                networks.diverged[r] = torch.where(finite, networks.diverged[r], now[0])
-        for r in active if graph else ():
-            torch.cuda.current_stream().wait_stream(branches[r])
-        if t.watch:
-            t.watch(networks, now, chosen, seen)
-        rate = rates.index_select(0, now - t.start)
+                losses[r].index_copy_(0, place, loss.detach()[None])
+                if t.watch:
+                    t.watch(networks, r, now, indices[r], logits.detach())
+        for stream in set(branches) - {None}:
+            torch.cuda.current_stream().wait_stream(stream)
         matrices = networks.weights, networks.momentum, networks.gradient, networks.mask
-        masked_sgd_(*matrices, rate, args.momentum, args.weight_decay, networks.low)
+        lr = rate.index_select(0, place)
+        masked_sgd_(*matrices, lr, args.momentum, args.weight_decay, networks.low)
         place.add_(1)
-        now.add_(1)
 
-    active, pending = None, collections.deque()
+    take = Captured(one_step, pool[0]) if graph else one_step
+    in_flight: collections.deque = collections.deque()
     while step < t.stop:
-        end = min([t.stop, step + longest, *(s for s in t.at if s > step)])
-        # On a GPU the table of the next steps is made while the last ones still run: what has
-        # diverged is then known a table later, and the host sleeps instead of waiting in a loop.
-        flags = networks.diverged
-        if cuda:
-            copied = torch.empty_like(flags, device="cpu", pin_memory=True)
-            pending.append(
-                (copied.copy_(flags, non_blocking=True), torch.cuda.Event(blocking=True))
-            )
-            pending[-1][1].record()
-            flags, event = pending.popleft() if len(pending) > 1 else pending[0]
-            event.synchronize()
-        well = [r for r, diverged in enumerate(flags.tolist()) if diverged < 0]
-        if well != active:
-            active, take = well, functools.partial(one_step, well)
-            take = Captured(take) if graph else take
-        for r in active:
-            batches[r, : end - step] = batch_indices(streams[r], step, end, args.batch_size)
-        place.zero_()
-        signals.training = True
-        while step < end and not signals.number:
-            take()
-            step += 1
-        signals.training = False
-        if cuda and step == t.stop:
-            torch.cuda.synchronize()  # the clocks of the callers stop here
+        begin, end = step, min([t.stop, step + longest, *(s for s in t.at if s > step)])
+        with signals.deferred():
+            for r, stream in enumerate(streams):
+                batches[r, : end - begin] = batch_indices(stream, begin, end, size)
+                targets[r, : end - begin] = stream.labels[batches[r, : end - begin]]
+                drawn = begin, end, size, args.pad, args.flip, device
+                crops[r, : end - begin] = draw_crops(stream.augment, *drawn)
+            rate[: end - begin] = rates[begin - t.start : end - t.start]
+            torch.arange(begin, begin + longest, out=steps_)
+            place.zero_()
+            while step < end and not signals.number:
+                take()
+                step += 1
+            note_divergence(networks.diverged, losses[:, : step - begin], begin)
+            if cuda:  # two tables in flight at most: the host sleeps, a signal is answered soon
+                in_flight.append(torch.cuda.Event(blocking=True))
+                in_flight[-1].record()
+                if len(in_flight) > 2:
+                    in_flight.popleft().synchronize()
+            if cuda and (step == t.stop or signals.number):
+                torch.cuda.synchronize()  # the clocks of the callers stop here
         yield step
     networks.low = None
+
+
+def note_divergence(diverged: Tensor, losses: Tensor, first: int) -> None:
+    """Writes into `diverged` (R,) the first step at which the losses (R, S) of steps `first`,
+    `first` + 1, ... are not finite, for rows where none was."""
+    if losses.shape[1]:
+        bad = ~losses.isfinite()
+        step = first + bad.to(torch.int32).argmax(1)  # the first of equals
+        diverged.copy_(torch.where(bad.any(1) & (diverged < 0), step, diverged))
 
 
 def normalise(data: Data, images: Tensor) -> Tensor:
@@ -1034,660 +1215,340 @@ def accuracy(networks: Networks, data: Data) -> list[float]:
     return (error == 0).double().mean(1).tolist()
 
 
-# ---- files: whole or not at all, and checked when read -------------------------------------------
-
-
-def write(path: Path, fill: Callable[[io.BufferedWriter], Any]) -> None:
-    """Writes a file so that it is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            fill(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as e:  # by the name that a user knows
-        raise OSError(e.errno, e.strerror or one_line(e), str(path)) from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def fingerprint(*values: Any) -> str:
-    """sha256 (first 16 hex digits) of arrays, tensors and plain values, by content."""
-    h = hashlib.sha256()
-    for v in values:
-        if isinstance(v, Tensor):
-            v = v.detach().cpu().contiguous().numpy()
-        if isinstance(v, np.ndarray):
-            h.update(f"{v.dtype}{v.shape}".encode())
-            h.update(np.ascontiguousarray(v).view(np.uint8).data)
-        else:
-            h.update(json.dumps(v, sort_keys=True).encode())
-    return h.hexdigest()[:16]
-
-
-def write_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Tensors and plain values as a .pt that `torch.load(weights_only=True)` reads."""
-    checked = state | {"version": VERSION, "sha256": fingerprint(*flat(state))}
-    buffer = io.BytesIO()
-    torch.save(checked, buffer)
-    write(path, lambda f: f.write(buffer.getbuffer()))
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote; UserError if it is not that, whole."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        told, version = state.pop("sha256"), int(state.pop("version"))
-        values = list(flat(state))
-        if sum(v.nbytes for v in values if isinstance(v, Tensor)) > path.stat().st_size:
-            raise ValueError("tensors larger than the file")
-        intact = told == fingerprint(*values)
-    except Exception as e:  # whatever a damaged or hostile file provokes
-        raise UserError(f"{path} is damaged or not one of ours ({one_line(e)[:80]})") from e
-    check_version(path, version)
-    if not intact:
-        raise UserError(f"{path} is damaged (its checksum differs)")
-    return state
-
-
-def check_version(path: Path, version: int) -> None:
-    if version > VERSION:
-        told = f"was written by a newer version of these scripts ({version}, this is {VERSION})"
-        raise NewerVersion(f"{path} {told}: use that one, or another --out")
-
-
-def flat(state: Any) -> Iterator[Any]:
-    """Keys and values of nested dicts, in order."""
-    for k, v in state.items():
-        yield k
-        yield from flat(v) if isinstance(v, dict) else (v,)
-
-
-def write_json(path: Path, value: dict) -> None:
-    checked = {"version": VERSION, **value}
-    text = json.dumps({**checked, "sha256": fingerprint(checked)}, indent=1, allow_nan=False)
-    write(path, lambda f: f.write(text.encode() + b"\n"))
-
-
-def read_json(path: Path, *keys: str) -> dict:
-    """What `write_json` wrote, with these keys; UserError if it is not that, whole."""
-    try:
-        value = json.loads(path.read_bytes())
-        told, version = value.pop("sha256"), int(value["version"])
-        intact = told == fingerprint(value)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read ({one_line(e)})") from e
-    check_version(path, version)
-    if not intact:
-        raise UserError(f"{path} is damaged (its checksum differs)")
-    if lacking := [k for k in keys if k not in value]:
-        raise UserError(f"{path} is another file, without {lacking[0]}")
-    return value
-
-
-def read_npy(path: Path) -> np.ndarray:
-    """The array of an .npy; UserError if it is not that, whole. Nothing is unpickled."""
-    if not path.is_file():
-        raise UserError(f"{path}: No such file" if not path.exists() else f"{path}: no file")
-    try:
-        array = np.load(path, allow_pickle=False)
-        array.shape  # an .npz has none  # noqa: B018
-    except Exception as e:  # numpy, zipfile and tokenize have an exception each for damage
-        raise UserError(f"{path} is not an .npy, or damaged ({one_line(e)})") from e
-    return array
-
-
-def read_npz(path: Path, *names: str) -> list[np.ndarray]:
-    """Arrays of an .npz, whose zip checksums are verified; nothing is unpickled."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            return [f[n] for n in names]
-    except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
-        raise UserError(f"{path} is damaged ({one_line(e)})") from e
-
-
-def unless_damaged(read: Callable[[], Any]) -> Any:
-    """What `read` gives; None, with a line on stderr, where it raises UserError for a file that
-    can be made again."""
-    try:
-        return read()
-    except NewerVersion:
-        raise
-    except UserError as e:
-        print(f"{e}: left aside", file=sys.stderr)
-        return None
-
-
-def one_line(e: BaseException | str) -> str:
-    return " ".join(str(e).split())[:200] or type(e).__name__
-
-
-@contextlib.contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds `path` for this process alone; it falls with the process, however that ends. UserError
-    says who has it, or waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        f = open(path, "a+", errors="replace")  # noqa: SIM115
-    except OSError:
-        if os.access(path.parent, os.W_OK):
-            raise
-        yield  # a folder to read from: nothing in it can change
-        return
-    with f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            holder = one_line(f.read(200)) if path.stat().st_size else "another process"
-            if not wait:
-                raise UserError(f"{path.parent} is in use by {holder}") from e
-            print(f"waiting for {path.parent}: in use by {holder}", file=sys.stderr)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except OSError as e:  # some file systems of clusters have no locks
-            told = f"{path.parent}: no locks ({e.strerror}); make sure that one process works on it"
-            print(told, file=sys.stderr)
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
-        f.flush()
-        yield
-
-
-# ---- run directories -----------------------------------------------------------------------------
-
-
-class Run:
-    """A run directory, held by this process: config, tensors, checkpoint, log, result. `seconds` is
-    what the phase in progress has taken, over all processes that worked on it."""
-
-    def __init__(
-        self, folder: Path, replicate: int, settings: dict, here: dict, fresh: bool = False
-    ):
-        self.folder, self.replicate, self.seconds = folder, replicate, 0.0
-        self.ended: str | None = None  # why it cannot go on
-        self.held = contextlib.ExitStack()
-        # Others need the scores that a process is making, and wait for them; a run is one's own.
-        self.held.enter_context(lock(folder / ".lock", wait=settings["replicate"] is None))
-        try:
-            # config.json goes last: as long as another file is there, so is what it was made with.
-            for path in sorted(folder.iterdir(), key=lambda p: p.name == "config.json"):
-                if path.name != ".lock" and (fresh or path.suffix == ".tmp"):
-                    path.unlink()
-            self.enter(settings, here)
-        except BaseException:
-            self.held.close()
-            raise
-
-    def enter(self, settings: dict, here: dict) -> None:
-        """Compares the settings with those the folder was made with, or writes them down."""
-        path, settings = self.folder / "config.json", json.loads(json.dumps(settings))
-        if not path.exists():
-            self.config = {"settings": settings, "environments": [here]}
-            return write_json(path, self.config)
-        try:
-            whole = read_json(path, "settings", "environments")
-            self.config = {k: whole[k] for k in ("settings", "environments")}
-        except NewerVersion:
-            raise
-        except UserError as e:
-            raise UserError(f"{e}: --fresh starts the run over") from e
-        then, before = self.config["settings"], self.config["environments"][-1]
-        if differ := sorted(k for k in then | settings if then.get(k) != settings.get(k)):
-            told = ", ".join(f"{k} {then.get(k)}, now {settings.get(k)}" for k in differ)
-            remedy = "--fresh starts it over, --out keeps both"
-            raise UserError(f"{self.folder} holds a run of other settings ({told}): {remedy}")
-        if differ := sorted(k for k in before | here if before.get(k) != here.get(k)):
-            told = ", ".join(f"{k} {before.get(k)}, now {here.get(k)}" for k in differ)
-            print(f"{self.folder}: {told}; what is left may differ in bits", file=sys.stderr)
-            self.config["environments"].append(here)
-            write_json(path, self.config)
-
-    def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
-
-    def identity(self, name: str) -> str:
-        """What a file of this name holds in this run, so that no other is taken for it."""
-        return fingerprint(self.config["settings"], name.replace("-before", ""))
-
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        write_tensors(self.folder / name, {**state, "run": self.identity(name)})
-
-    def load(self, name: str) -> dict[str, Any] | None:
-        """A file of this run, or None, with a line on stderr, if it is missing, damaged or of
-        another run or level."""
-
-        def read() -> dict[str, Any]:
-            state = read_tensors(self.folder / name)
-            if state.pop("run", None) != self.identity(name):
-                raise UserError(f"{self.folder / name} is another run's, or was renamed")
-            return state
-
-        return unless_damaged(read) if self.has(name) else None
-
-    def checkpoint(self, phase: str, step: int, state: dict[str, Any]) -> None:
-        """Saves the state inside a phase; the one before is kept against damage."""
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, self.folder / "checkpoint-before.pt")
-        self.save(path.name, {"phase": phase, "step": step, "seconds": self.seconds, **state})
-
-    def resume(self, phase: str) -> dict[str, Any] | None:
-        """The last good checkpoint of a phase."""
-        for name in ("checkpoint.pt", "checkpoint-before.pt"):
-            state = self.load(name)
-            if state and state["phase"] == phase:
-                return state
-        return None
-
-    def log(self, phase: str, step: int, **values: Any) -> None:
-        """One row of log.csv; a row of the same phase and step is replaced."""
-        path, rows = self.folder / "log.csv", {}
-        if path.exists():
-            try:
-                with open(path, newline="") as f:
-                    rows = {(r["phase"], r["step"]): r for r in csv.DictReader(f, strict=True)}
-                if any(None in r or None in r.values() for r in rows.values()):
-                    raise ValueError("a row of another length")
-            except (ValueError, LookupError, csv.Error) as e:
-                print(f"{path} is damaged ({one_line(e)}): begun anew", file=sys.stderr)
-                rows = {}
-        rows[phase, str(step)] = {"phase": phase, "step": step, **values}
-        out = io.StringIO()
-        names = list(dict.fromkeys(k for r in rows.values() for k in r))
-        writer = csv.DictWriter(out, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
-        write(path, lambda f: f.write(out.getvalue().encode()))
-
-    def pretraining(self) -> dict[str, Any]:
-        """What result.json says of w_tr."""
-        start = self.load("pretrained.pt")
-        return {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
-
-    def adopt(self, start: dict[str, Any]) -> None:
-        """Takes another run's w_tr as its own; UserError if it has a different one."""
-        mine = self.load("pretrained.pt")
-        if mine and mine["fingerprint"] != start["fingerprint"]:
-            raise UserError(f"{self.folder} began from another w_tr: --fresh starts it over")
-        self.save("pretrained.pt", start)
-
-    @property
-    def result(self) -> dict | None:
-        """result.json, or None where there is none, or it is damaged or another run's."""
-        path = self.folder / "result.json"
-
-        def read() -> dict:
-            value = read_json(path, "config")
-            if value["config"]["settings"] != self.config["settings"]:
-                raise UserError(f"{path} is another run's")
-            return value
-
-        return unless_damaged(read) if path.exists() else None
-
-    def finish(self, result: dict) -> Path:
-        """Writes result.json, whose presence means done."""
-        for name in ("checkpoint.pt", "checkpoint-before.pt"):
-            (self.folder / name).unlink(missing_ok=True)
-        write_json(self.folder / "result.json", {"config": self.config, **result})
-        return self.folder / "result.json"
-
-
-def environment(args: argparse.Namespace) -> dict:
-    """What the bits of a result depend on, beside the settings."""
-    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    cuda = args.device.type == "cuda"
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "engine": args.engine,
-        "csrc": csrc_ops() is not None,
-    }
-
-
 # ---- training that can be stopped ----------------------------------------------------------------
-
-
-class Signals:
-    """SIGINT and SIGTERM: training stops after the step in hand and saves itself; anything else,
-    and a step of over four seconds, is left at once. Exit status 128 + signal, by convention."""
-
-    number, training = 0, False
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, self)
-
-    def __call__(self, number: int, frame: Any) -> None:
-        again, self.number = self.number, self.number or number
-        if again or not self.training:
-            raise SystemExit(128 + self.number)
-        signal.setitimer(signal.ITIMER_REAL, 4)
-
-
-signals = Signals()
 
 
 def fit(
     t: Training,
-    runs: list[Run],
+    group: list[Run],
     phase: str,
     progress: tqdm,
     observe: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Trains to the end, with checkpoints, from where the runs' last checkpoint of `phase` stands.
+    """Trains to the end, with checkpoints, from where the last checkpoint of `phase` stands.
 
-    The rows of `t` belong to the runs in equal parts. `observe(step)` is called at each step of
-    `t.at`, `t.start` included: once or, after a resume, again.
+    The rows of `t` belong to the runs of the group in equal parts. `observe(step)` is called at
+    each step of `t.at`, `t.start` included: once or, after a resume, again.
     """
-    networks, share = t.networks, t.networks.rows // len(runs)
-    parts = [slice(i * share, (i + 1) * share) for i in range(len(runs))]
+    networks, share = t.networks, t.networks.rows // len(group)
+    parts = [slice(i * share, (i + 1) * share) for i in range(len(group))]
     step, began = t.start, time.perf_counter()
-    for run, rows in zip(runs, parts, strict=True):
+    for run, rows in zip(group, parts, strict=True):
         run.seconds = 0.0
         if saved := run.resume(phase):
             step, run.seconds = saved["step"], saved["seconds"]
             networks.put(rows, saved["networks"])
             for k, v in t.extra.items():
                 v[rows] = saved["extra"][k].to(v.device)
-    before, saved_at = [run.seconds for run in runs], began
-    progress.set_description(phase)
+    before, saved_at = [run.seconds for run in group], began
+    progress.set_description(phase, refresh=False)
     skip(progress, (step - t.start) * networks.rows)
     if step in t.at:
         observe(step)
     for done in train(t, step):
         progress.update((done - step) * networks.rows)
         step, now = done, time.perf_counter()
-        for run, seconds in zip(runs, before, strict=True):
+        for run, seconds in zip(group, before, strict=True):
             run.seconds = seconds + now - began
         if signals.number or now - saved_at > t.args.checkpoint_every:
-            for run, rows in zip(runs, parts, strict=True):
+            for run, rows in zip(group, parts, strict=True):
                 extra = {k: v[rows].cpu().clone() for k, v in t.extra.items()}
                 run.checkpoint(phase, step, {"networks": networks.get(rows), "extra": extra})
             saved_at = now
         if signals.number:
-            raise SystemExit(128 + signals.number)
+            raise runs.Interrupted(signals.number)
         if step in t.at:
             observe(step)
     # The last update may be the one that goes wrong, and no loss is taken after it.
-    whole = networks.weights.isfinite().all(1) & networks.batchnorm.isfinite().all(1)
-    networks.diverged[~whole & (networks.diverged < 0)] = t.stop
+    finite = networks.weights.isfinite().all(1) & networks.batchnorm.isfinite().all(1)
+    networks.diverged[~finite & (networks.diverged < 0)] = t.stop
 
 
-def skip(progress: tqdm, steps: int) -> None:
-    """Steps that an earlier process took: done, but no measure of speed."""
-    if not progress.disable:
-        progress.initial += steps
-        progress.update(steps)
-
-
-def side_by_side(runs: list[Run], phase: str) -> list[list[Run]]:
+def side_by_side(group: list[Run], phase: str) -> list[list[Run]]:
     """Runs that stand at the same step of a phase: these train together."""
-    groups: dict[int, list[Run]] = {}
-    for run in runs:
+    by_step: dict[int, list[Run]] = {}
+    for run in group:
         saved = run.resume(phase)
-        groups.setdefault(saved["step"] if saved else -1, []).append(run)
-    return list(groups.values())
+        by_step.setdefault(saved["step"] if saved else -1, []).append(run)
+    return list(by_step.values())
+
+
+Track = Callable[[Training, list[Run]], Callable[[int], None] | None]
 
 
 def pretrain(
     args: argparse.Namespace,
     data: Data,
-    runs: list[Run],
+    group: list[Run],
     progress: tqdm,
-    track: Callable[[Training, list[Run]], Callable[[int], None] | None] = lambda t, runs: None,
+    track: Track = lambda t, group: None,
 ) -> None:
     """Stage 2 (Section 3): pretrained.pt, w_tr of every run that lacks it: the initialisation after
-    --rewind steps at --pretrain-lr on the subset. `track(training, runs)` may set what a training
+    --rewind steps at --pretrain-lr on the subset. `track(training, group)` may set what a training
     reports and watches, and returns its observer."""
-    todo = [run for run in runs if run.load("pretrained.pt") is None]
-    skip(progress, args.rewind * (len(runs) - len(todo)))
+    todo = [run for run in group if run.load("pretrained.pt") is None]
+    skip(progress, args.rewind * (len(group) - len(todo)))
     labels = noisy_labels(data, args.label_noise, args.seed)
-    for group in side_by_side(todo, "pretrain"):
-        networks = Networks(make_model(args, data), len(group), args.device)
+    for part in side_by_side(todo, "pretrain"):
+        networks = Networks(make_model(args, data), len(part), args.device)
         streams = []
-        for run, module in zip(group, networks.modules, strict=True):
-            initialise(module, generator(args.seed, "init", run.replicate))
+        for r, run in enumerate(part):
+            networks.load(r, fresh_state(args, data, run.replicate))
             indices = choose_subset(args, data, labels, run.replicate)
             streams.append(make_stream(args, data, run.replicate, 0, indices, labels))
         constant = step_schedule(args.pretrain_lr, ())
         training = Training(args, data, networks, streams, 0, args.rewind, constant)
-        observe = track(training, group) or (lambda step: None)
-        fit(training, group, "pretrain", progress, observe)
+        observe = track(training, part) or (lambda step: None)
+        fit(training, part, "pretrain", progress, observe)
         test_accuracy = accuracy(networks, data)
-        for r, run in enumerate(group):
-            w, diverged = networks.snapshot(r), networks.diverged[r].item()
+        for r, run in enumerate(part):
+            diverged = networks.diverged[r].item()
             about = {
                 "step": args.rewind,
                 "data": data.fingerprint,
-                "network": [args.depth, args.width],
                 "diverged": diverged,
                 "test_accuracy": test_accuracy[r] if diverged < 0 else None,
                 "seconds": run.seconds,
                 "tracked": {k: v[r].cpu().clone() for k, v in training.extra.items()},
             }
-            run.save("pretrained.pt", {**w, "fingerprint": fingerprint(*w.values()), **about})
-    for run in runs:
+            save_start(run, networks.state(r), about)
+    for run in group:
         if (step := run.load("pretrained.pt")["diverged"]) >= 0:
             run.ended = (
                 f"pre-training diverged at step {step}: lower --pretrain-lr ({args.pretrain_lr:g})"
             )
 
 
+def save_start(run: Run, model: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """pretrained.pt: w_tr as `model`, its fingerprint, and `about`."""
+    run.save("pretrained.pt", {"model": model, "fingerprint": fingerprint(model), **about})
+
+
+def about_start(run: Run) -> dict[str, Any]:
+    """What result.json says of w_tr."""
+    start = run.load("pretrained.pt")
+    return {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
+
+
+def adopt(run: Run, start: dict[str, Any]) -> None:
+    """Takes another's w_tr as the run's own; UserError if it has a different one."""
+    mine = run.load("pretrained.pt")
+    if mine and mine["fingerprint"] != fingerprint(start["model"]):
+        raise UserError(f"{run.folder} began from another w_tr: --fresh starts it over")
+    if not mine:
+        save_start(run, start["model"], {k: start[k] for k in START})
+
+
+START = ("step", "data", "diverged", "test_accuracy", "seconds")
+
+
 def read_start(
     flag: str, path: Path, args: argparse.Namespace, data: Data, replicate: int, rewind: int | None
-) -> dict:
-    """w_tr from a pretrained.pt, or from rep<k>/pretrained.pt in a folder, checked to fit the data,
-    the network and, unless None, the step `rewind`; `args.rewind` becomes its step."""
+) -> dict[str, Any]:
+    """w_tr from a pretrained.pt, or rep<k>/pretrained.pt in a folder, or a .pt with anyone's
+    state_dict and the step `rewind` it was trained to; UserError where it does not fit the data,
+    the network or the step."""
     path = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
-    start = read_tensors(path)
-    if not {"weights", "batchnorm", "step", "data", "network"} <= start.keys():
-        raise UserError(f"{flag} {path}: not a pretrained.pt")
-    here = {"data": data.fingerprint, "network": [args.depth, args.width]}
-    for key, value in here.items():
-        if start[key] != value:
-            raise UserError(f"{flag} {path}: its {key} is {start[key]}, this run's {value}")
+    state, about = read_network(path)
+    start = {
+        "model": check_fits(f"{flag} {path}", make_model(args, data), state),
+        "step": about.get("step", rewind),
+        "data": about.get("data", data.fingerprint),
+        "diverged": about.get("diverged", -1),
+        "test_accuracy": about.get("test_accuracy"),
+        "seconds": about.get("seconds", 0.0),
+    }
+    if start["step"] is None:
+        raise UserError(f"{flag} {path}: give --rewind, the step it was trained to")
+    if start["data"] != data.fingerprint:
+        raise UserError(f"{flag} {path}: made from other data than {data.name}")
     if rewind not in (None, start["step"]):
         raise UserError(f"--rewind {rewind}: {path} was trained for {start['step']} steps")
     if start["diverged"] >= 0:
         raise UserError(f"{flag} {path}: diverged at step {start['diverged']}")
     if start["step"] >= args.steps:
         raise UserError(f"{flag} {path}: trained to step {start['step']} of --steps {args.steps}")
-    args.rewind = start["step"]
     return start
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-    def parse_args(self, *words) -> argparse.Namespace:
-        args = super().parse_args(*words)
-        if getattr(args, "subset", None) in ("all", "random"):
-            for flag in ("offset", "balance"):
-                if getattr(args, flag):
-                    self.error(f"--{flag} goes with --subset easy or hard")
-        if max(getattr(args, "replicate", (0,))) >= SCORERS:
-            self.error(f"--replicate {args.replicate[-1]}: at most {SCORERS - 1}")
-        return args
-
-
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable:
-    """An argparse type: a finite number in [low, high] (or (low, high])."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value <= high or (low == value and not open_low)) or value == math.inf:
-            above = "above" if open_low else "at least"
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {above} {low:g}{limit}")
-        return value
-
-    return parse
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers and ranges: "0-3", "0,2", "31200,46800"."""
-    values = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
-            if not 0 < len(span) <= 1000:
-                raise ValueError
-            values += span
-    except ValueError:
-        values = []
-    if not values or sorted(set(values)) != values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an ascending list like 0-3 or 0,2")
-    return tuple(values)
-
-
-positive, whole = number(int, 1, 10**9), number(int, 0, 10**9)
-FLAGS = {
-    "shared": [
-        (
-            "dataset",
-            str,
-            "digits",
-            f"{', '.join(PRESETS)}, or a folder: train/CLASS/*, test/CLASS/*",
-        ),
-        ("preset", str, None, f"settings of another data set: {', '.join(PRESETS)}"),
-        ("data-dir", Path, Path("data"), "where data are kept"),
-        ("out", Path, Path("results"), "where results go"),
-        ("depth", number(int, 1, 1202), None, "of the ResNet, 6n+2"),
-        ("width", number(int, 1, 1024), None, "channels of its first group"),
-        ("steps", positive, None, "of a whole training, pre-training included"),
-        ("batch-size", positive, None, "examples a step"),
-        ("lr", number(float, 0, 1e6, True), None, "learning rate"),
-        ("momentum", number(float, 0, 1), None, "of SGD"),
-        ("weight-decay", number(float, 0, 1e6), None, "of all parameters"),
-        ("milestones", numbers, None, "steps at which the rate drops tenfold"),
-        ("pad", number(int, 0, 1024), None, "black border that random crops reach into, pixels"),
-        ("seed", number(int, 0, 2**32 - 1), 0, "of everything random"),
-        ("device", str, "auto", "auto, cpu, cuda, cuda:1"),
-        ("checkpoint-every", number(float, 0), 60.0, "seconds"),
-    ],
-    "replicate": [("replicate", numbers, (0,), "replicates, trained side by side: 0-3, 0,2")],
-    "noise": [
-        ("label-noise", number(float, 0, 1), 0.0, "of pre-training and scores: part redrawn")
-    ],
-    "subset": [
-        ("size", positive, None, "examples in the subset"),
-        ("offset", whole, 0, "examples of the ranking to skip"),
-        ("scores", Path, None, "scores as .npy (default: EL2N, made if missing)"),
-    ],
-    "rewind": [
-        ("rewind", whole, None, "t_r, the steps of pre-training"),
-        ("pretrain-lr", number(float, 0, 1e6, True), None, "its constant learning rate"),
-    ],
-}
+def preset_table() -> str:
+    """What a preset gives for each data set, for --help."""
+    names = [f.name for f in dataclasses.fields(Preset)]
+    lines = [
+        "what a preset gives for each data set:",
+        f"  {'':13}" + "".join(f"{p:>14}" for p in PRESETS),
+    ]
+    for name in names:
+        values = (getattr(p, name) for p in PRESETS.values())
+        cells = (",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+        lines.append(f"  {name.replace('_', '-'):13}" + "".join(f"{c:>14}" for c in cells))
+    return "\n".join(lines)
 
 
 def flags(description: str, *groups: str) -> Parser:
-    """A parser with the shared flags and the named groups of `FLAGS`. Where a default is None, the
-    preset of the data set gives it."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    preset = {f.name for f in dataclasses.fields(Preset)}
-    for group in ("shared", *groups):
-        for name, kind, default, told in FLAGS[group]:
-            by = "the preset's" if name.replace("-", "_") in preset else default
-            told += "" if by is None else f" [{by}]"
-            parser.add_argument(f"--{name}", type=kind, default=default, help=told)
-    told, switch = "random horizontal flips [the preset's]", argparse.BooleanOptionalAction
-    parser.add_argument("--flip", action=switch, default=None, help=told)
-    parser.add_argument("--engine", choices=("auto", "eager", "compiled", "graph"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--fresh", action="store_true", help="start the run's folder over")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    """A parser with the flags that all stages share and those of the named groups: replicate,
+    noise, subset, rewind. Where a default is None, the preset of the data set gives it."""
+    parser = Parser(description, epilog=preset_table())
+    rate, fraction = number(float, 0, 1e6, open_low=True), number(float, 0, 1)
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    names = ", ".join(PRESETS)
+    add("--dataset", default="digits", help=f"{names}, or a folder: train/CLASS/*, test/CLASS/*")
+    add("--preset", help="the settings of another data set (a folder's: by the size of its images)")
+    add("--data-dir", type=Path, default=Path("data"), help="where data are kept [data]")
+    if "noise" in groups:
+        add(
+            "--label-noise",
+            type=fraction,
+            default=0.0,
+            help="part of the labels redrawn [0]",
+        )
+
     if "subset" in groups:
-        kinds = ("all", "random", "easy", "hard")
-        parser.add_argument("--subset", choices=kinds, help="to pre-train on [the preset's: easy]")
-        parser.add_argument("--balance", action="store_true", help="easy or hard within each class")
+        add = parser.add_argument_group("subset to pre-train on").add_argument
+        add("--subset", choices=("all", "random", "easy", "hard"), help="[easy]")
+        add("--size", type=positive, help="examples in it [preset]")
+        add("--offset", type=count, default=0, help="examples of the ranking to skip [0]")
+        add("--balance", action="store_true", help="easy or hard within each class")
+        add("--scores", type=Path, help="scores as .npy [EL2N, made if missing]")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--depth", type=number(int, 1, 1202), help="of the ResNet, 6n+2 [preset]")
+    add("--width", type=number(int, 1, 1024), help="channels of its first group [preset]")
+    add("--steps", type=positive, help="of a whole training, pre-training included [preset]")
+    add("--batch-size", type=positive, help="examples a step [preset]")
+    add("--lr", type=rate, help="learning rate [preset]")
+    add("--milestones", type=numbers, help="steps at which the rate drops tenfold [preset]")
+    add("--momentum", type=fraction, help="of SGD [preset]")
+    add("--weight-decay", type=number(float, 0, 1e6), help="of all parameters [preset]")
+    add(
+        "--pad",
+        type=number(int, 0, 1024),
+        help="black border of random crops, pixels [preset]",
+    )
+    add("--flip", action=switch, help="random horizontal flips [preset]")
+    if "rewind" in groups:
+        add("--rewind", type=count, help="t_r, the steps of pre-training [preset]")
+    if "subset" in groups:
+        add("--pretrain-lr", type=rate, help="constant learning rate of pre-training [preset]")
+
+    add = parser.add_argument_group("run").add_argument
+    if "replicate" in groups:
+        add("--replicate", type=numbers, default=(0,), help="trained side by side: 0-3, 0,2 [0]")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random [0]")
+    add("--out", type=Path, default=Path("results"), help="where results go [results]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 [auto: a GPU if there is one]")
+    add(
+        "--engine",
+        choices=("auto", "eager", "graph"),
+        default="auto",
+        help="graph: a CUDA graph [auto: that, on a GPU]",
+    )
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="[auto: bf16 on a GPU]",
+    )
+    add(
+        "--fast",
+        action="store_true",
+        help="on a GPU: TF32, and bits that vary from run to run",
+    )
+    add("--checkpoint-every", type=number(float, 0), default=60.0, help="seconds [60]")
+    add("--fresh", action="store_true", help="start the run's folder over")
+    add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
-def prepare(args: argparse.Namespace, data: Data | None = None) -> Data:
-    """Loads the data unless given, fills `args` from the preset, refuses what cannot work, finds
-    scores."""
-    if getattr(args, "subset", None) == "all" and args.size:
-        raise UserError("--size goes with --subset random, easy or hard")
+def fill(args: argparse.Namespace, presets: dict[str, Preset] = PRESETS, side: int = 32) -> None:
+    """What was not given comes from the preset of the data set; `side` is that of a folder's
+    images, in pixels."""
     if args.preset not in (None, *PRESETS):
         raise UserError(f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
+    own = args.dataset if args.dataset in PRESETS else None
+    args.preset = args.preset or own or ("cifar10" if side == 32 else "digits")
+    args.defaults = presets[args.preset]
+    if getattr(args, "subset", None) in ("all", "random"):
+        for flag in ("offset", "balance"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} goes with --subset easy or hard")
+    if getattr(args, "subset", None) == "all" and args.size:
+        raise UserError("--size goes with --subset random, easy or hard")
+    for name, value in vars(args.defaults).items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+    if getattr(args, "rewind", None) == 0:
+        args.subset, args.label_noise = "all", 0.0  # nothing is trained on them
+
+
+def check(args: argparse.Namespace, data: Data) -> None:
+    """UserError for settings that cannot work together or with the data."""
+    n = len(data.train_labels)
+    if max(getattr(args, "replicate", (0,))) >= SCORERS:
+        raise UserError(f"--replicate {args.replicate[-1]}: at most {SCORERS - 1}")
+    if (args.depth - 2) % 6 or args.depth < 8:
+        raise UserError(f"--depth {args.depth}: a ResNet has 8, 14, 20, ... (6n+2) layers")
+    if args.batch_size > n:
+        raise UserError(f"--batch-size {args.batch_size}: {data.name} has {n} training images")
+    if hasattr(args, "rewind") and args.rewind >= args.steps:
+        problem = f"not before the end of training (--steps {args.steps})"
+        raise UserError(f"--rewind {args.rewind}: {problem}")
+    if getattr(args, "subset", "all") != "all":
+        if args.size < args.batch_size:
+            problem = f"smaller than a batch (--batch-size {args.batch_size})"
+            raise UserError(f"--size {args.size}: {problem}")
+        if args.offset + args.size > n:
+            window = f"--size {args.size}" + f" from --offset {args.offset}" * bool(args.offset)
+            raise UserError(f"{window}: {data.name} has {n} training images")
+    check_model(args, data)
+
+
+def choose_engine(args: argparse.Namespace) -> None:
+    """Engine, precision and numerics of the device; cuDNN gives the same bits each time unless
+    --fast. fp32 is float32 throughout; beside training in bf16 the convolutions of an evaluation,
+    on float32 weights, round their factors to TF32 (11 bits)."""
+    cuda = args.device.type == "cuda"
+    if args.engine == "auto":
+        args.engine = "graph" if cuda else "eager"
+    if args.engine == "graph" and not cuda:
+        raise UserError(f"--engine graph needs a CUDA device, not {args.device}")
+    if args.precision == "auto":
+        args.precision = "bf16" if cuda else "fp32"
+    if args.fast and not cuda:
+        warn("--fast: changes nothing on a CPU")
+        args.fast = False
+    torch.backends.cudnn.deterministic = not args.fast
+    torch.backends.cudnn.benchmark = args.fast
+    torch.backends.cudnn.allow_tf32 = args.precision == "bf16" or args.fast
+    torch.backends.cuda.matmul.allow_tf32 = args.fast
+
+
+def prepare(
+    args: argparse.Namespace,
+    presets: dict[str, Preset] = PRESETS,
+    check_more: Callable[[argparse.Namespace, Data], None] = lambda args, data: None,
+) -> Data:
+    """Loads the data, fills `args` from the preset, refuses what cannot work, finds scores."""
     args.device = find_device(args.device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {args.out}: {e.strerror}") from e
-    data = data or load_data(args.dataset, args.data_dir, args.device, args.quiet)
-    n, height, width, _ = data.train_images.shape
-    own = args.dataset if args.dataset in PRESETS else None
-    args.preset = args.preset or own or ("cifar10" if height == width == 32 else "digits")
-    for name, value in vars(PRESETS[args.preset]).items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
-    if (args.depth - 2) % 6 or args.depth < 8:
-        raise UserError(f"--depth {args.depth}: a ResNet has 8, 14, 20, ... (6n+2) layers")
-    if args.batch_size > n:
-        raise UserError(f"--batch-size {args.batch_size}: {data.name} has {n} training images")
-    if getattr(args, "rewind", None) == 0:
-        args.subset, args.label_noise = "all", 0.0  # nothing is trained on them
-    if hasattr(args, "rewind") and args.rewind >= args.steps:
-        raise UserError(
-            f"--rewind {args.rewind}: not before the end of training (--steps {args.steps})"
-        )
-    if getattr(args, "subset", "all") != "all":
-        if args.size < args.batch_size:
-            raise UserError(
-                f"--size {args.size}: smaller than a batch (--batch-size {args.batch_size})"
-            )
-        if args.offset + args.size > n:
-            window = f"--size {args.size}" + f" from --offset {args.offset}" * bool(args.offset)
-            raise UserError(f"{window}: {data.name} has {n} training images")
-    # Compiling takes half a minute and saves a third of each step: worth it from about 800 steps of
-    # ResNet-20 on 128 images of 32x32. One training decides, whatever else the command does, so
-    # that a run that is extended or resumed keeps its engine.
-    work = args.steps * args.batch_size * height * width * args.depth
-    cuda = args.device.type == "cuda"
-    if args.engine == "auto":
-        args.engine = "graph" if cuda else "compiled" if work > 2e9 else "eager"
-    if args.engine == "graph" and not cuda:
-        raise UserError(f"--engine graph needs a CUDA device, not {args.device}")
-    if args.precision == "auto":
-        args.precision = "bf16" if cuda else "fp32"
-    set_numerics(args.precision)
+    fill(argparse.Namespace(**vars(args)), presets)  # mistakes first, before data are read
+    data = load_data(args.dataset, args.data_dir, args.device, args.quiet)
+    height, width = data.train_images.shape[1:3]
+    fill(args, presets, height if height == width else 0)
+    check(args, data)
+    check_more(args, data)
+    choose_engine(args)
     if getattr(args, "subset", "all") in ("easy", "hard"):
         data.scores = read_scores(args, data)
     return data
-
-
-def set_numerics(precision: str) -> None:
-    """cuDNN gives the same bits each time. fp32 is float32 throughout; beside training in bf16 the
-    convolutions of an evaluation, on float32 weights, round their factors to TF32 (11 bits)."""
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = precision == "bf16"
 
 
 def find_device(name: str) -> torch.device:
@@ -1707,9 +1568,17 @@ def make_model(args: argparse.Namespace, data: Data) -> nn.Module:
     return ResNet(args.depth, args.width, data.train_images.shape[3], len(data.classes))
 
 
-def model_name(args: argparse.Namespace, data: Data) -> str:
-    wide = f"x{args.width}" if args.width != PRESETS[args.preset].width else ""
-    return f"{data.name}-resnet{args.depth}{wide}"
+# ---- run folders of the stages -------------------------------------------------------------------
+
+
+def data_name(dataset: str) -> str:
+    return dataset if dataset in PRESETS else Path(dataset).resolve().name
+
+
+def run_folder(args: argparse.Namespace, stage: str, name: str) -> Path:
+    """results/<stage>/<data>-<network>/<name>."""
+    wide = f"x{args.width}" if args.width != args.defaults.width else ""
+    return args.out / stage / f"{data_name(args.dataset)}-resnet{args.depth}{wide}" / name
 
 
 SHORT = {
@@ -1729,14 +1598,15 @@ SHORT = {
 
 def run_name(args: argparse.Namespace, *parts: str, keys: Iterable[str] = SHORT) -> str:
     """A folder's name: what the run is about, then every setting that is not the preset's."""
-    preset, told = PRESETS[args.preset], list(parts)
+    words = [p for p in parts if p]
     for key in keys:
-        value = getattr(args, key, getattr(preset, key))
-        if value != getattr(preset, key):
-            told.append(SHORT[key] + "+".join(f"{v:g}" for v in np.atleast_1d(value)))
+        usual = getattr(args.defaults, key)
+        value = getattr(args, key, usual)
+        if value != usual:
+            words.append(SHORT[key] + "+".join(f"{v:g}" for v in np.atleast_1d(value)))
     if getattr(args, "label_noise", 0):
-        told.append(f"noise{args.label_noise:g}")
-    return "-".join(told + ([f"seed{args.seed}"] if args.seed else []))
+        words.append(f"noise{args.label_noise:g}")
+    return "-".join(words + ["fast"] * args.fast + [f"seed{args.seed}"] * bool(args.seed))
 
 
 def subset_name(args: argparse.Namespace) -> str:
@@ -1745,18 +1615,18 @@ def subset_name(args: argparse.Namespace) -> str:
         return "all"
     offset = f"+{args.offset}" if args.offset else ""
     name = f"{args.subset}{args.size}{offset}" + "balanced" * args.balance
-    about = Path(args.scores).with_suffix(".json") if args.scores else None
-    if args.subset == "random" or about is None:
+    if args.subset == "random" or not args.scores:
         return name
-    told = read_json(about, "metric") if about.exists() else {"metric": Path(args.scores).stem}
-    by = f"-{told['metric']}{told.get('rewind', '')}"  # lmc800: children spawned at step 800
+    path = args.scores.with_suffix(".json")
+    about = runs.read_json(path, "metric") if path.exists() else {"metric": args.scores.stem}
+    by = f"-{about['metric']}{about.get('rewind', '')}"  # lmc800: children spawned at step 800
     return name + ("" if by == "-el2n" else by)
 
 
 def settings_of(args: argparse.Namespace, data: Data, *more: str) -> dict:
     """What a run's numbers depend on: config.json holds it, and another such run is refused."""
     keys = ("depth", "width", "steps", "batch_size", "lr", "momentum", "weight_decay", "milestones")
-    keys += ("pad", "flip", "seed", "precision", *more)
+    keys += ("pad", "flip", "seed", "precision", "fast", *more)
     settings = {k: getattr(args, k) for k in keys}
     if "subset" in more:
         used = ("size", "offset", "balance") if args.subset != "all" else ()
@@ -1765,58 +1635,66 @@ def settings_of(args: argparse.Namespace, data: Data, *more: str) -> dict:
     return {"dataset": data.name, "data": data.fingerprint, **settings}
 
 
+def environment(args: argparse.Namespace) -> dict:
+    """What the bits of a result depend on, beside the settings."""
+    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = ""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    cuda = args.device.type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if cuda else cpu_name()
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "engine": args.engine,
+        "csrc": operations().masked_sgd_ is not DEFINITIONS["masked_sgd_"],
+    }
+
+
+def cpu_name() -> str:
+    """The processor, and what its libraries are held to: kernels are chosen by these."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    limits = (os.environ.get(k, "") for k in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))
+    return " ".join([model, torch.backends.cpu.get_cpu_capability(), *filter(None, limits)])
+
+
 @contextlib.contextmanager
 def open_runs(
-    args: argparse.Namespace, data: Data, stage: str, name: str, settings: dict
+    args: argparse.Namespace,
+    stage: str,
+    name: str,
+    settings: dict,
+    replicates: Iterable[int | None],
 ) -> Iterator[list[Run]]:
-    """The run directories of all replicates (or the one of a stage without), made or resumed, and
-    locked until the end."""
-    folder, here = args.out / stage / model_name(args, data) / name, environment(args)
+    """The run folders of all replicates (None: of a stage without), made or resumed, and locked
+    until the end."""
+    folder, here = run_folder(args, stage, name), environment(args)
     with contextlib.ExitStack() as held:
-        runs = []
-        for r in getattr(args, "replicate", [None]):
+        opened = []
+        for r in replicates:
             place = folder if r is None else folder / f"rep{r}"
-            runs.append(Run(place, r or 0, settings | {"replicate": r}, here, args.fresh))
-            held.enter_context(runs[-1].held)
-        yield runs
+            opened.append(Run(place, r, settings | {"replicate": r}, here, args.fresh))
+            held.enter_context(opened[-1].held)
+        yield opened
 
 
-def report(runs: list[Run]) -> None:
+def report(finished: list[Run]) -> None:
     """Prints where the results are; UserError, now that all is done, for runs that ended early."""
-    for run in runs:
+    for run in finished:
         print(run.folder / "result.json")
-    if ended := [
-        f"replicate {r.replicate}: {r.result['ended']}" for r in runs if r.result["ended"]
-    ]:
-        raise UserError("; ".join(ended))
-
-
-def progress_bar(args: argparse.Namespace, steps: int) -> tqdm:
-    """Counts network-steps over the whole command: rate, phase, time left."""
-    return tqdm(total=steps, unit=" steps", smoothing=0.02, disable=args.quiet, dynamic_ncols=True)
+    ended = [(run.replicate, run.result["ended"]) for run in finished if run.result["ended"]]
+    if ended:
+        raise UserError("; ".join(f"replicate {r}: {why}" for r, why in ended))
 
 
 def mean_std(values: list[float], digits: int = 4) -> str:
     """ "0.9132 ± 0.0021" (sample deviation), or the value alone."""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
-
-
-def run_stage(main: Callable[[argparse.Namespace], Any], parser: Parser) -> None:
-    """The command line around a `main`: one line and status 2 for what the user can mend."""
-    signals.install()
-    try:
-        main(parser.parse_args())
-    except UserError as e:
-        problem = str(e)
-    except OSError as e:
-        problem = f"{e.filename or 'a file'}: {e.strerror or one_line(e)}"
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
-            raise
-        remedy = "a smaller --batch-size, --width, or fewer networks side by side"
-        problem = f"not enough memory ({one_line(e)}): {remedy}"
-    else:
-        return
-    print(f"{parser.prog}: error: {' '.join(problem.split())}", file=sys.stderr)
-    sys.exit(2)

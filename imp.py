@@ -12,79 +12,125 @@ Writes results/imp/<data>-<network>/<subset>-rewind<t_r>/rep<k>/: pretrained.pt 
 (the level's mask, its final weights, its numbers, and the error ||softmax - onehot|| of w_tr under
 its mask for every training example); log.csv; result.json. The same command goes on where it was
 stopped; a larger --levels extends a finished run.
+
+--control makes, beside the run of the same settings (made first if it is missing), what a ticket is
+compared with (Frankle and Carbin 2019; Frankle et al. 2021):
+    reinit     its masks on another initialisation, trained from step 0
+    shuffle    its masks with the places within each layer permuted, on w_tr
+    one-shot   as many weights as at each of its levels, pruned in one go from the dense network
 """
 
 import argparse
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 import common
+import runs
+
+CONTROLS = ("reinit", "shuffle", "one-shot")
 
 
-def flags() -> common.Parser:
+def flags() -> runs.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset", "rewind")
-    told = "of pruning [the preset's]"
-    parser.add_argument("--levels", type=common.number(int, 0, 10**4), help=told)
-    kind, told = common.number(float, 0, 0.99, open_low=True), "of live weights, per level [0.2]"
-    parser.add_argument("--prune-fraction", type=kind, default=0.2, help=told)
-    told = "w_tr: a pretrained.pt, or a folder with rep<k>/pretrained.pt"
-    parser.add_argument("--init", type=Path, help=told)
+    fraction = runs.number(float, 0, 0.99, open_low=True)
+    add = parser.add_argument_group("pruning").add_argument
+    add("--levels", type=runs.number(int, 0, 10**4), help="of pruning [preset]")
+    add("--prune-fraction", type=fraction, default=0.2, help="of live weights, per level [0.2]")
+    add("--init", type=Path, help="w_tr: a .pt, or a folder with rep<k>/pretrained.pt")
+    add("--control", choices=CONTROLS, help="what a ticket is compared with [none]")
     return parser
 
 
-def prune(weights: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """The mask (P,) without the ceil(fraction r) smallest of its r live weights (P or more,),
-    over all layers together; of equal magnitudes the first go."""
+def smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The mask (P,) without the `count` smallest of its live weights (P or more,), over all layers
+    together; of equal magnitudes the first go."""
     live = mask.nonzero()[:, 0]
-    count = math.ceil(Fraction(str(fraction)) * len(live))
     order = weights[live].abs().argsort(stable=True)
     pruned = mask.clone()
     pruned[live[order[:count]]] = False
     return pruned
 
 
-def next_mask(run: common.Run, level: int, fraction: float, layers: dict[str, slice]) -> Tensor:
-    """The mask (P,) that a level trains under. Says so in `run.ended` where a layer would die."""
-    before = run.load(f"level{level - 1:02d}.pt")
-    mask = prune(before["weights"], before["mask"], fraction)
-    for name, columns in layers.items():
-        if not mask[columns].any():
-            run.ended = f"level {level} leaves {name} without weights: use --levels {level - 1}"
+def prune(weights: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """The mask (P,) without the ceil(fraction r) smallest of its r live weights (Algorithm 1)."""
+    return smallest(weights, mask, math.ceil(Fraction(str(fraction)) * int(mask.sum())))
+
+
+def load_level(scratch: common.Networks, state: dict) -> None:
+    """Row 0 of `scratch` becomes the network and mask of a levelNN.pt."""
+    scratch.load(0, state["model"])
+    scratch.mask[0] = scratch.flat_mask(state["mask"])
+
+
+def next_mask(run: runs.Run, level: int, fraction: float, scratch: common.Networks) -> Tensor:
+    """The mask (P,) that a level of IMP trains under."""
+    load_level(scratch, run.load(f"level{level - 1:02d}.pt"))
+    return prune(scratch.weights[0], scratch.mask[0], fraction)
+
+
+def control_mask(
+    args: argparse.Namespace, run: runs.Run, level: int, scratch: common.Networks
+) -> Tensor:
+    """The mask (P,) of a level of a control, from the files of the run that it goes beside."""
+    beside = ticket_folder(args) / f"rep{run.replicate}"
+    load_level(scratch, runs.read_tensors(beside / f"level{level:02d}.pt"))
+    mask = scratch.mask[0].clone()
+    if args.control == "one-shot":
+        alive = int(mask.sum())
+        load_level(scratch, runs.read_tensors(beside / "level00.pt"))
+        return smallest(scratch.weights[0], scratch.mask[0], mask.numel() - alive)
+    if args.control == "shuffle":
+        draw = common.generator(args.seed, "shuffle", run.replicate, level)
+        for slot in scratch.layers.values():
+            order = torch.from_numpy(draw.permutation(slot.shape.numel())).to(mask.device)
+            mask[slot.columns] = mask[slot.columns][order]
     return mask
 
 
 def train_level(
-    args: argparse.Namespace, data: common.Data, runs: list[common.Run], level: int, progress
+    args: argparse.Namespace, data: common.Data, group: list[runs.Run], level: int, progress
 ) -> None:
     """One level of several replicates side by side: levelNN.pt of each, a row in its log."""
     phase, model = f"level{level:02d}", common.make_model(args, data)
-    layers = common.Networks(model, 1, args.device).layers
-    masks = [next_mask(run, level, args.prune_fraction, layers) if level else None for run in runs]
-    pairs = [(run, mask) for run, mask in zip(runs, masks, strict=True) if not run.ended]
+    scratch, pairs = common.Networks(model, 1, args.device), []
+    for run in group:
+        mask = None
+        if level:
+            ticket = (run, level, args.prune_fraction, scratch)
+            control = args.control and control_mask(args, run, level, scratch)
+            mask = control if args.control else next_mask(*ticket)
+            for name, slot in scratch.layers.items():
+                if not mask[slot.columns].any():
+                    remedy = f"use --levels {level - 1}"
+                    run.ended = f"level {level} leaves {name} without weights: {remedy}"
+        if not run.ended:
+            pairs.append((run, mask))
     if not pairs:
         return
     networks = common.Networks(model, len(pairs), args.device)
     for r, (run, mask) in enumerate(pairs):
-        networks.rewind(r, run.load("pretrained.pt"), mask)
-    whole = (networks, data, data.train_images, data.train_labels)
-    projected, (_, _, errors) = common.accuracy(networks, data), common.evaluate(*whole)
+        networks.rewind(r, run.load("pretrained.pt")["model"], mask)
+    train_set = (networks, data, data.train_images, data.train_labels)
+    projected, (_, _, errors) = common.accuracy(networks, data), common.evaluate(*train_set)
 
     streams = [common.make_stream(args, data, run.replicate) for run, _ in pairs]
     schedule = common.step_schedule(args.lr, args.milestones)
     training = common.Training(args, data, networks, streams, args.rewind, args.steps, schedule)
     common.fit(training, [run for run, _ in pairs], phase, progress)
 
-    accuracy, (losses, _, _) = common.accuracy(networks, data), common.evaluate(*whole)
+    accuracy, (losses, _, _) = common.accuracy(networks, data), common.evaluate(*train_set)
     for r, (run, _) in enumerate(pairs):
         loss, diverged = losses[r].double().mean().item(), networks.diverged[r].item()
         if diverged >= 0 or not math.isfinite(loss):
             step = diverged if diverged >= 0 else args.steps
             run.ended = f"level {level} diverged at step {step}, learning rate {schedule(step):g}"
             continue
-        told = {
+        numbers = {
             "level": level,
             "weights_remaining": networks.mask[r].double().mean().item(),
             "test_accuracy": accuracy[r],
@@ -93,20 +139,20 @@ def train_level(
             "seconds": run.seconds,
             "steps_per_second": (args.steps - args.rewind) / run.seconds,
         }
-        run.log(phase, args.steps, **told)  # before the file that makes the level done
-        mask = {"mask": networks.mask[r].cpu().clone(), "projected_error": errors[r].cpu().clone()}
-        run.save(f"{phase}.pt", {**mask, **networks.snapshot(r), "numbers": told})
+        run.log(phase, args.steps, **numbers)  # before the file that makes the level done
+        state = {"model": networks.state(r), "mask": networks.masks(r), "numbers": numbers}
+        run.save(f"{phase}.pt", {**state, "projected_error": errors[r].cpu().clone()})
 
 
-def finished(run: common.Run, levels: int) -> bool:
-    return bool(run.result) and (run.result["ended"] or len(run.result["levels"]) > levels)
+def finished(result: dict | None, levels: int) -> bool:
+    return bool(result) and bool(result["ended"] or len(result["levels"]) > levels)
 
 
-def conclude(run: common.Run, levels: int) -> None:
+def conclude(run: runs.Run, levels: int) -> None:
     """result.json from the files of the levels."""
     done = [run.load(f"level{k:02d}.pt") for k in range(levels + 1) if run.has(f"level{k:02d}.pt")]
     numbers = [d["numbers"] for d in done]
-    run.finish({"pretrain": run.pretraining(), "levels": numbers, "ended": run.ended})
+    run.finish({"pretrain": common.about_start(run), "levels": numbers, "ended": run.ended})
 
 
 def table(results: list[dict]) -> str:
@@ -123,45 +169,99 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(args: argparse.Namespace) -> list[dict]:
-    """Searches, prints the table and the paths; returns the results, one per replicate."""
-    if args.init and (args.subset or args.size or args.label_noise):
-        told = "leave out --subset, --size and --label-noise"
-        raise common.UserError(f"--init brings its own pre-training: {told}")
-    asked = args.rewind
-    args.rewind = 0 if args.init else args.rewind
-    data = common.prepare(args)
-    starts = {}
-    for k in args.replicate if args.init else ():
-        starts[k] = common.read_start("--init", args.init, args, data, k, asked)
-    keys = ("subset", "label_noise", "rewind", "pretrain_lr", "prune_fraction")
+def run_name(args: argparse.Namespace, control: str | None) -> str:
+    origin = f"init-{args.init.stem}" if args.init else common.subset_name(args)
+    return common.run_name(args, origin, f"rewind{args.rewind}", control or "")
+
+
+def ticket_folder(args: argparse.Namespace) -> Path:
+    """Of the run that a control goes beside."""
+    return args.ticket_folder
+
+
+def start_control(args: argparse.Namespace, data: common.Data, run: runs.Run) -> None:
+    """pretrained.pt of a control, and its level 0 where that is the run's own."""
+    beside = ticket_folder(args) / f"rep{run.replicate}"
+    if args.control == "reinit":
+        model = common.fresh_state(args, data, common.REINIT + run.replicate)
+        about = {"step": 0, "test_accuracy": None, "seconds": 0.0}
+        start = {"model": model, "data": data.fingerprint, "diverged": -1, **about}
+        return common.adopt(run, start)
+    common.adopt(run, runs.read_tensors(beside / "pretrained.pt"))
+    dense = runs.read_tensors(beside / "level00.pt")
+    run.log("level00", args.steps, **dense["numbers"])
+    run.save("level00.pt", dense)
+
+
+def search_levels(
+    args: argparse.Namespace, data: common.Data, starts: dict[int, dict]
+) -> list[dict]:
+    """Every level of the run, or of the control, that `args` names; returns the results."""
+    keys = ("subset", "label_noise", "rewind", "pretrain_lr", "prune_fraction", "control")
     settings = common.settings_of(args, data, *keys)
     settings["init"] = args.init.stem if args.init else None
-    origin = f"init-{args.init.stem}" if args.init else common.subset_name(args)
-    name = common.run_name(args, origin, f"rewind{args.rewind}")
-    with common.open_runs(args, data, "imp", name, settings) as runs:
-        todo = [run for run in runs if not finished(run, args.levels)]
-        steps = (0 if starts else args.rewind) + (args.levels + 1) * (args.steps - args.rewind)
-        with common.progress_bar(args, len(todo) * steps) as progress:
-            for run in todo if starts else ():
-                run.adopt(starts[run.replicate])
-            if not starts:
+    name, first = run_name(args, args.control), 0 if args.control == "reinit" else args.rewind
+    with common.open_runs(args, "imp", name, settings, args.replicate) as group:
+        todo = [run for run in group if not finished(run.result, args.levels)]
+        pretrained = bool(starts or args.control)
+        steps = args.rewind * (not pretrained) + (args.levels + 1) * (args.steps - first)
+        with runs.progress_bar(len(todo) * steps, args.quiet) as progress:
+            for run in todo:
+                if args.control:
+                    start_control(args, data, run)
+                elif starts:
+                    common.adopt(run, starts[run.replicate])
+            if not pretrained:
                 common.pretrain(args, data, todo, progress)
+            trained = argparse.Namespace(**{**vars(args), "rewind": first})
             for level in range(args.levels + 1):
                 phase = f"level{level:02d}"
                 lacking = [run for run in todo if not run.ended and run.load(f"{phase}.pt") is None]
-                common.skip(progress, (len(todo) - len(lacking)) * (args.steps - args.rewind))
-                for group in common.side_by_side(lacking, phase):
-                    train_level(args, data, group, level, progress)
+                runs.skip(progress, (len(todo) - len(lacking)) * (args.steps - first))
+                for part in common.side_by_side(lacking, phase):
+                    train_level(trained, data, part, level, progress)
         for run in todo:
             conclude(run, args.levels)
-        results = [run.result for run in runs]
-        complete = [r for r in results if not r["ended"]]
-        if complete:
+        results = [run.result for run in group]
+        if complete := [r for r in results if not r["ended"]]:
             print(table(complete))
-        common.report(runs)
+        common.report(group)
     return results
 
 
+def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
+    """(folder, network-steps, done) of each replicate; reads no data."""
+    common.fill(args)
+    folder = common.run_folder(args, "imp", run_name(args, args.control))
+    places = [folder / f"rep{k}" for k in args.replicate]
+    first = 0 if args.control == "reinit" else args.rewind
+    steps = args.rewind * (not args.control) + (args.levels + 1) * (args.steps - first)
+    results = [(place, runs.finished_result(place)) for place in places]
+    return [(place, steps, finished(result, args.levels)) for place, result in results]
+
+
+def main(args: argparse.Namespace) -> list[dict]:
+    """Searches, prints the table and the paths; returns the results, one per replicate."""
+    if args.init and (args.subset or args.size or args.label_noise):
+        remedy = "leave out --subset, --size and --label-noise"
+        raise runs.UserError(f"--init brings its own pre-training: {remedy}")
+    rewind, starts = args.rewind, {}
+    args.rewind = 0 if args.init else rewind
+    data = common.prepare(args)
+    for k in args.replicate if args.init else ():
+        starts[k] = common.read_start("--init", args.init, args, data, k, rewind)
+        args.rewind = rewind = starts[k]["step"]
+    if args.control:
+        ticket = argparse.Namespace(**{**vars(args), "control": None, "fresh": False})
+        search_levels(ticket, data, starts)
+        args.ticket_folder = common.run_folder(args, "imp", run_name(args, None))
+    return search_levels(args, data, starts)
+
+
+def search(**settings: Any) -> list[dict]:
+    """The command as a function: search(dataset="digits", subset="easy", levels=3)."""
+    return runs.call(main, flags(), settings)
+
+
 if __name__ == "__main__":
-    common.run_stage(main, flags())
+    runs.run_stage(main, flags())

@@ -4,17 +4,22 @@
     augmentation of its own (child 0's are those of level 0 of imp.py: the same network, bit by bit)
     barrier of an example: its loss halfway between two children less the mean of its two losses
 
-Figure 5, and the LMC scores (Definition C.1) of Figures 9-11. Children are connected where the 0-1
-error barrier is below 2 %.
+Figure 5, and the LMC scores (Definition C.1) of Figures 9 and 10. Children are connected where the
+0-1 error barrier is below 2 %.
 
     python lmc.py                      the embedded digits, three spawn points, a minute on a laptop
     python lmc.py --dataset cifar10 --subset easy --size 3200 --rewind 0,200,400,800 --replicate 0-3
 
 Writes results/lmc/<data>-<network>/<subset>-rewind<t_r>/, a folder for each spawn point:
 scores.npy and scores.json, for `imp.py --scores`: the barrier of each training example, mean over
-the replicates of the command; and rep<k>/: pretrained.pt (w_tr), children.pt, result.json,
+the replicates of the command; and rep<k>/: pretrained.pt (w_tr), child<c>.pt, result.json,
 loss_barrier.npy (N,), mean over pairs, loss_barrier_pairs.npy and error_barrier_pairs.npy
 (pairs, N). Another --alphas or --batchnorm measures the same children again, in place.
+
+--between FILE FILE ... measures networks that were saved, levels of a run, children, or anyone's
+state_dict that fits, each with each: results/lmc/<data>-<network>/between-<names>/.
+
+    python lmc.py --between rep0/level00.pt rep0/level04.pt rep0/level08.pt
 
 Barriers are taken on the unaugmented training images with their true labels, BatchNorm in eval
 mode. With --alphas N a pair's barrier is the supremum over alpha of its mean over examples, an
@@ -29,12 +34,14 @@ import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import common
+import runs
 
 SPAWN = {"digits": (0, 20, 60)}  # of other data sets, the step of the preset alone
 CONNECTED = 0.02  # error barrier (Frankle et al. 2020)
@@ -42,45 +49,48 @@ BINS = (-np.inf, -1, -0.1, -0.01, 0.01, 0.1, 0.5, 1, 2, 4, np.inf)
 ARRAYS = ("loss_barrier", "loss_barrier_pairs", "error_barrier_pairs")
 
 
-def flags() -> common.Parser:
+def flags() -> runs.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset")
-    told = "t_r, or several: a spawn point each [digits 0,20,60, else the preset's]"
-    parser.add_argument("--rewind", type=common.numbers, help=told)
-    name, kind, default, told = common.FLAGS["rewind"][1]
-    parser.add_argument(f"--{name}", type=kind, default=default, help=f"{told} [the preset's]")
-    parser.add_argument("--children", type=common.number(int, 2, 64), default=3, help="[3]")
-    told = "1, the midpoint alone, or an odd number of values from 0 to 1 [1]"
-    parser.add_argument("--alphas", type=common.number(int, 1, 10001), default=1, help=told)
-    told = "statistics of interpolated networks [average]"
-    parser.add_argument(
-        "--batchnorm", choices=("average", "recompute"), default="average", help=told
-    )
-    told = "w_tr: a pretrained.pt, or a folder with rep<k>/pretrained.pt"
-    parser.add_argument("--parent", type=Path, help=told)
+    add = parser.add_argument_group("barriers").add_argument
+    add("--rewind", type=runs.numbers, help="t_r, or several [digits 0,20,60, else preset]")
+    add("--children", type=runs.number(int, 2, 64), default=3, help="of each w_tr [3]")
+    several = "1, the midpoint alone, or an odd number of values from 0 to 1 [1]"
+    add("--alphas", type=runs.number(int, 1, 10001), default=1, help=several)
+    ways = ("average", "recompute")
+    add("--batchnorm", choices=ways, default="average", help="of interpolated networks [average]")
+    add("--parent", type=Path, help="w_tr: a .pt, or a folder with rep<k>/pretrained.pt")
+    add("--between", type=Path, nargs="+", help="saved networks to measure instead of children")
     return parser
 
 
+def load_children(run: runs.Run, count: int) -> list[dict]:
+    """The child<c>.pt of a run; empty if one is missing."""
+    found = [run.load(f"child{c}.pt") for c in range(count)]
+    return found if all(found) else []
+
+
 def train_children(
-    args: argparse.Namespace, data: common.Data, runs: list[common.Run], progress
+    args: argparse.Namespace, data: common.Data, group: list[runs.Run], progress
 ) -> None:
-    """The children of several replicates side by side: children.pt of each run."""
-    count = args.children
-    networks = common.Networks(common.make_model(args, data), len(runs) * count, args.device)
+    """The children of several replicates side by side: child<c>.pt of each run."""
+    k = args.children
+    networks = common.Networks(common.make_model(args, data), len(group) * k, args.device)
     streams = []
-    for i, run in enumerate(runs):
+    for i, run in enumerate(group):
         start = run.load("pretrained.pt")
-        for c in range(count):
-            networks.rewind(i * count + c, start)
+        for c in range(k):
+            networks.rewind(i * k + c, start["model"])
             streams.append(common.make_stream(args, data, run.replicate, c))
     schedule = common.step_schedule(args.lr, args.milestones)
     training = common.Training(args, data, networks, streams, args.rewind, args.steps, schedule)
-    common.fit(training, runs, "children", progress)
+    common.fit(training, group, "children", progress)
     accuracy = common.accuracy(networks, data)
-    for i, run in enumerate(runs):
-        rows = slice(i * count, (i + 1) * count)
-        state = {k: getattr(networks, k)[rows].cpu().clone() for k in ("weights", "batchnorm")}
-        told = {"diverged": networks.diverged[rows].tolist(), "test_accuracy": accuracy[rows]}
-        run.save("children.pt", {**state, **told, "seconds": run.seconds})
+    for i, run in enumerate(group):
+        for c in range(k):
+            row = i * k + c
+            about = {"diverged": networks.diverged[row].item(), "test_accuracy": accuracy[row]}
+            state = {"model": networks.state(row), **about, "seconds": run.seconds}
+            run.save(f"child{c}.pt", state)
 
 
 def reestimate(args: argparse.Namespace, data: common.Data, networks: common.Networks) -> None:
@@ -100,26 +110,26 @@ def reestimate(args: argparse.Namespace, data: common.Data, networks: common.Net
 
 
 def measure(
-    args: argparse.Namespace, data: common.Data, weights: Tensor, batchnorm: Tensor
-) -> dict:
-    """Barriers of every two of K networks, weights (K, D) and batchnorm (K, B): per example
+    args: argparse.Namespace, data: common.Data, states: list[dict[str, torch.Tensor]]
+) -> dict[str, Any]:
+    """Barriers of every two of K networks, given as state_dicts: per example
     `loss_barrier_pairs` and `error_barrier_pairs` (pairs, N), and at each alpha the means
     `loss_at` and `error_at` (pairs, A); `alphas`; `pairs`; `train_loss` of the K ends. Every end
     and every interpolated network runs once over the training set."""
     model, labels = common.make_model(args, data), data.train_labels
-    ends, middle = (common.Networks(model, rows, args.device) for rows in (len(weights), 1))
-    ends.weights.copy_(weights)
-    ends.batchnorm.copy_(batchnorm)
+    ends, middle = (common.Networks(model, rows, args.device) for rows in (len(states), 1))
+    for row, state in enumerate(states):
+        ends.load(row, state)
     origin = ends.batchnorm.clone()
 
-    def logits(networks: common.Networks) -> Tensor:
+    def logits(networks: common.Networks) -> torch.Tensor:
         if args.batchnorm == "recompute":
             reestimate(args, data, networks)
         return common.predict(networks, data, data.train_images)
 
     at_ends = logits(ends)
     alphas = [i / (args.alphas - 1) for i in range(args.alphas)] if args.alphas > 1 else [0.5]
-    pairs = list(itertools.combinations(range(len(weights)), 2))
+    pairs = list(itertools.combinations(range(len(states)), 2))
     shape = (2, len(pairs), len(labels))  # of losses, of errors
     barrier, at = np.full(shape, -np.inf, np.float32), np.zeros((*shape[:2], len(alphas)))
     for p, (i, j) in enumerate(pairs):
@@ -130,39 +140,21 @@ def measure(
                 middle.weights[0] = (1 - a) * ends.weights[i] + a * ends.weights[j]
                 middle.batchnorm[0] = (1 - a) * origin[i] + a * origin[j]
                 x = logits(middle)[0]
-            alpha = torch.tensor([a], device=args.device)
-            loss, error, _, _ = common.loss_barrier(x[None], at_ends[i], at_ends[j], labels, alpha)
+            loss, error = common.loss_barrier(x, at_ends[i], at_ends[j], labels, a)
             for kind, values in enumerate((loss, error)):
                 at[kind, p, k] = values.double().mean().item()
-                barrier[kind, p] = np.maximum(barrier[kind, p], values[0].cpu().numpy())
+                barrier[kind, p] = np.maximum(barrier[kind, p], values.cpu().numpy())
     losses = [common.example_losses(x, labels)[0].double().mean().item() for x in at_ends]
-    told = {"alphas": alphas, "pairs": pairs, "train_loss": losses}
-    both = {"loss_barrier_pairs": barrier[0], "error_barrier_pairs": barrier[1]}
-    return told | both | {"loss_at": at[0], "error_at": at[1]}
+    per_example = {"loss_barrier_pairs": barrier[0], "error_barrier_pairs": barrier[1]}
+    means = {"loss_at": at[0], "error_at": at[1], "train_loss": losses}
+    return {"alphas": alphas, "pairs": pairs, **per_example, **means}
 
 
-def conclude(args: argparse.Namespace, data: common.Data, run: common.Run) -> None:
-    """Measures the children of a run: its arrays and its result.json."""
-    children = None if run.ended else run.load("children.pt")
-    told = {"pretrain": run.pretraining(), "batchnorm": args.batchnorm}
-    if children and max(children["diverged"]) >= 0:
-        c = next(c for c, step in enumerate(children["diverged"]) if step >= 0)
-        step = children["diverged"][c]
-        run.ended = f"child {c} from step {args.rewind} diverged at step {step}: lower --lr"
-    if run.ended:
-        keys = ("loss_barrier", "loss_barrier_std", "error_barrier", "connected")
-        empty = {"children": [], "alphas": [], "pairs": [], **dict.fromkeys(keys)}
-        run.finish({**told, **empty, "ended": run.ended})
-        return
-    found = measure(args, data, children["weights"], children["batchnorm"])
+def save_barriers(run: runs.Run, found: dict[str, Any], each: list[dict], **about: Any) -> None:
+    """Arrays and result.json of what `measure` found between networks described by `each`."""
     found["loss_barrier"] = found["loss_barrier_pairs"].mean(0, dtype=np.float64).astype(np.float32)
     for name in ARRAYS:
-        common.write(run.folder / f"{name}.npy", lambda f, x=found[name]: np.save(f, x))
-    accuracy, seconds = children["test_accuracy"], children["seconds"]
-    each = [
-        {"child": c, "test_accuracy": accuracy[c], "train_loss": loss, "seconds": seconds}
-        for c, loss in enumerate(found["train_loss"])
-    ]
+        runs.write_array(run.folder / f"{name}.npy", found[name])
     pairs = [
         {"children": list(ends), "loss_barrier": loss.max(), "error_barrier": error.max()}
         | {"loss_barrier_at_alphas": loss.tolist(), "error_barrier_at_alphas": error.tolist()}
@@ -176,23 +168,43 @@ def conclude(args: argparse.Namespace, data: common.Data, run: common.Run) -> No
         "loss_barrier_std": np.std(losses, ddof=1) if len(losses) > 1 else None,
         "error_barrier": np.mean(errors),
         "connected": bool(np.mean(errors) < CONNECTED),
-        "sha256_of_arrays": common.fingerprint(*(found[name] for name in ARRAYS)),
+        "sha256_of_arrays": runs.fingerprint(*(found[name] for name in ARRAYS)),
     }
+    each = [x | {"train_loss": loss} for x, loss in zip(each, found["train_loss"], strict=True)]
     shown = {"children": each, "alphas": found["alphas"], "pairs": pairs}
-    run.finish({**told, **shown, **summary, "ended": None})
+    run.finish({**about, **shown, **summary, "ended": None})
 
 
-def arrays(run: common.Run) -> list[np.ndarray]:
+def conclude(args: argparse.Namespace, data: common.Data, run: runs.Run) -> None:
+    """Measures the children of a run: its arrays and its result.json."""
+    children = [] if run.ended else load_children(run, args.children)
+    about = {"pretrain": common.about_start(run), "batchnorm": args.batchnorm}
+    for c, child in enumerate(children):
+        if child["diverged"] >= 0 and not run.ended:
+            step = child["diverged"]
+            run.ended = f"child {c} from step {args.rewind} diverged at step {step}: lower --lr"
+    if run.ended:
+        keys = ("loss_barrier", "loss_barrier_std", "error_barrier", "connected")
+        empty = {"children": [], "alphas": [], "pairs": [], **dict.fromkeys(keys)}
+        run.finish({**about, **empty, "ended": run.ended})
+        return
+    found = measure(args, data, [child["model"] for child in children])
+    keys = ("test_accuracy", "seconds")
+    each = [{"child": c, **{k: x[k] for k in keys}} for c, x in enumerate(children)]
+    save_barriers(run, found, each, **about)
+
+
+def arrays(run: runs.Run) -> list[np.ndarray]:
     """The arrays of a finished run, in the order of ARRAYS; empty if one is missing or damaged."""
     try:
-        found = [common.read_npy(run.folder / f"{name}.npy") for name in ARRAYS]
-    except common.UserError:
+        found = [runs.read_npy(run.folder / f"{name}.npy") for name in ARRAYS]
+    except runs.UserError:
         return []
-    return found if common.fingerprint(*found) == run.result["sha256_of_arrays"] else []
+    return found if runs.fingerprint(*found) == run.result["sha256_of_arrays"] else []
 
 
-def finished(args: argparse.Namespace, run: common.Run) -> bool:
-    """Whether this run was measured in the way that is asked for."""
+def measured_alike(args: argparse.Namespace, run: runs.Run) -> bool:
+    """Whether this run was measured in the way that is wanted now."""
     r = run.result
     if not r or r["ended"]:
         return bool(r)
@@ -200,49 +212,99 @@ def finished(args: argparse.Namespace, run: common.Run) -> bool:
     return alike and bool(arrays(run))
 
 
-def save_scores(args: argparse.Namespace, data: common.Data, runs: list[common.Run]) -> None:
+def save_scores(args: argparse.Namespace, data: common.Data, group: list[runs.Run]) -> None:
     """LMC scores (Definition C.1): scores.npy and scores.json beside the folders of the runs."""
-    folder = runs[0].folder.parent
-    scores = np.mean([arrays(run)[0] for run in runs], 0, dtype=np.float64).astype(np.float32)
-    told = {k: getattr(args, k) for k in ("children", "rewind", "alphas", "batchnorm")}
-    told |= {"metric": "lmc", "replicates": [run.replicate for run in runs]}
-    with contextlib.suppress(common.UserError):  # none there, or damaged
-        there = common.read_json(folder / "scores.json", "sha256_of_scores", *told)
-        found = common.fingerprint(common.read_npy(folder / "scores.npy"))
-        same = found == common.fingerprint(scores) == there["sha256_of_scores"]
-        if same and all(there[k] == v for k, v in told.items()):
+    folder = group[0].folder.parent
+    each = np.stack([arrays(run)[0] for run in group])
+    about = {k: getattr(args, k) for k in ("children", "rewind", "alphas", "batchnorm")}
+    about |= {"metric": "lmc", "replicates": [run.replicate for run in group]}
+    with contextlib.suppress(runs.UserError):  # none yet, or damaged
+        before = runs.read_json(folder / "scores.json", "sha256_of_scores", *about)
+        found = runs.fingerprint(runs.read_npy(folder / "scores.npy"))
+        scores = each.mean(0, dtype=np.float64).astype(np.float32)
+        same = found == runs.fingerprint(scores) == before["sha256_of_scores"]
+        if same and all(before[k] == v for k, v in about.items()):
             return
-    with common.lock(folder / ".lock", wait=True):  # other replicates may run beside these
+    with runs.lock(folder / ".lock", wait=True):  # other replicates may run beside these
         for left in folder.glob(".scores.*.tmp"):  # by a process that died
             left.unlink()
-        common.write_scores(folder, scores, data.train_labels, args, data, **told)
+        common.save_scores(folder, each, data.train_labels, args, data, **about)
 
 
-def spawn(args: argparse.Namespace, data: common.Data, starts: dict[int, dict]) -> list[common.Run]:
+def run_name(args: argparse.Namespace) -> str:
+    """Of one spawn point."""
+    origin = f"parent-{args.parent.stem}" if args.parent else common.subset_name(args)
+    more = f"children{args.children}" if args.children != 3 else ""
+    return common.run_name(args, origin, f"rewind{args.rewind}", more)
+
+
+def at_step(args: argparse.Namespace, step: int) -> argparse.Namespace:
+    """The settings of one spawn point; at step 0 nothing is pre-trained: no subset matters."""
+    one = argparse.Namespace(**{**vars(args), "rewind": step})
+    if step == 0 and not args.parent:
+        one.subset, one.label_noise = "all", 0.0
+    return one
+
+
+def spawn(args: argparse.Namespace, data: common.Data, starts: dict[int, dict]) -> list[runs.Run]:
     """One spawn point: pre-training, children, barriers and scores; the finished runs."""
     keys = ("subset", "label_noise", "rewind", "pretrain_lr", "children")
     settings = common.settings_of(args, data, *keys)
-    origin = f"parent-{args.parent.stem}" if args.parent else common.subset_name(args)
-    parts = [f"children{args.children}"] if args.children != 3 else []
-    name = common.run_name(args, origin, f"rewind{args.rewind}", *parts)
-    with common.open_runs(args, data, "lmc", name, settings) as runs:
-        todo = [run for run in runs if not finished(args, run)]
+    with common.open_runs(args, "lmc", run_name(args), settings, args.replicate) as group:
+        todo = [run for run in group if not measured_alike(args, run)]
         each = args.children * (args.steps - args.rewind)
-        with common.progress_bar(args, len(todo) * (each + args.rewind * (not starts))) as progress:
+        total = len(todo) * (each + args.rewind * (not starts))
+        with runs.progress_bar(total, args.quiet) as progress:
             for run in todo if starts else ():
-                run.adopt(starts[run.replicate])
+                common.adopt(run, starts[run.replicate])
             if not starts:
                 common.pretrain(args, data, todo, progress)
-            lacking = [run for run in todo if not run.ended and run.load("children.pt") is None]
-            common.skip(progress, (len(todo) - len(lacking)) * each)
-            for group in common.side_by_side(lacking, "children"):
-                train_children(args, data, group, progress)
+            alive = [run for run in todo if not run.ended]
+            lacking = [run for run in alive if not load_children(run, args.children)]
+            runs.skip(progress, (len(todo) - len(lacking)) * each)
+            for part in common.side_by_side(lacking, "children"):
+                train_children(args, data, part, progress)
         for run in todo:
             conclude(args, data, run)
-        if whole := [run for run in runs if not run.result["ended"]]:
-            save_scores(args, data, whole)
-            print(f"LMC scores: {runs[0].folder.parent / 'scores.npy'}")
-    return runs
+        if complete := [run for run in group if not run.result["ended"]]:
+            save_scores(args, data, complete)
+            print(f"LMC scores: {group[0].folder.parent / 'scores.npy'}")
+    return group
+
+
+def measure_between(args: argparse.Namespace, data: common.Data) -> list[dict]:
+    """--between: the barriers of saved networks, each with each; returns the result."""
+    if len(args.between) < 2:
+        raise runs.UserError("--between takes two files or more")
+    model, states, marks = common.make_model(args, data), [], []
+    for path in args.between:
+        state, about = common.read_network(path)
+        if about.get("data", data.fingerprint) != data.fingerprint:
+            raise runs.UserError(f"--between {path}: trained on other data than {data.name}")
+        states.append(common.check_fits(f"--between {path}", model, state))
+        marks.append(runs.fingerprint(states[-1]))
+    settings = common.settings_of(args, data) | {"between": marks}
+    stems = "+".join(path.stem for path in args.between)
+    name = f"between-{stems[:80]}-{runs.fingerprint(marks)[:6]}"
+    with common.open_runs(args, "lmc", name, settings, [0]) as [run]:
+        if not measured_alike(args, run):
+            networks = common.Networks(model, len(states), args.device)
+            for row, state in enumerate(states):
+                networks.load(row, state)
+            accuracy = common.accuracy(networks, data)
+            files = [str(path) for path in args.between]
+            each = [
+                {"child": c, "file": file, "test_accuracy": a}
+                for c, (file, a) in enumerate(zip(files, accuracy, strict=True))
+            ]
+            save_barriers(run, measure(args, data, states), each, batchnorm=args.batchnorm)
+        result = run.result
+    for pair in result["pairs"]:
+        first, second = (result["children"][c]["file"] for c in pair["children"])
+        values = f"loss barrier {pair['loss_barrier']:.4f}, error {pair['error_barrier']:.4f}"
+        print(f"{values}  {first}  {second}")
+    print(run.folder / "result.json")
+    return [result]
 
 
 def table(spawned: list[list[dict]]) -> str:
@@ -261,10 +323,10 @@ def table(spawned: list[list[dict]]) -> str:
             f"{loss:16}  {error:16}  {'connected' if joined[-1] else ''}"
         )
     late = next((k for k in range(len(joined)) if all(joined[k:])), None)
-    told = "not connected at the last spawn point"
+    onset = "not connected at the last spawn point"
     if late is not None:
-        told = f"connected from step {spawned[late][0]['pretrain']['step']} on"
-    return "\n".join([*lines, f"{told} (error barrier below {CONNECTED:.0%})"])
+        onset = f"connected from step {spawned[late][0]['pretrain']['step']} on"
+    return "\n".join([*lines, f"{onset} (error barrier below {CONNECTED:.0%})"])
 
 
 def histogram(steps: list[int], pooled: list[np.ndarray]) -> str:
@@ -277,42 +339,71 @@ def histogram(steps: list[int], pooled: list[np.ndarray]) -> str:
     return "\n".join(lines)
 
 
+def spawn_points(args: argparse.Namespace) -> list[int]:
+    """The steps of --rewind; without it those of the data set."""
+    steps = SPAWN.get(args.preset, (args.defaults.rewind,))
+    return list(args.rewind or [t for t in steps if t < args.steps])
+
+
+def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
+    """(folder, network-steps, done) of each spawn point and replicate; reads no data."""
+    steps, found = args.rewind, []
+    args.rewind = max(steps) if steps else None
+    common.fill(args)
+    args.rewind = steps
+    for t in spawn_points(args):
+        one = at_step(args, t)
+        folder = common.run_folder(one, "lmc", run_name(one))
+        places = [folder / f"rep{k}" for k in args.replicate]
+        cost = t + args.children * (args.steps - t)
+        found += [(place, cost, bool(runs.finished_result(place))) for place in places]
+    return found
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    if args.alphas % 2 == 0:
+        raise runs.UserError(f"--alphas {args.alphas}: an odd number has 1/2 among the values")
+    for flag in ("parent", "between"):
+        if getattr(args, flag) and (args.subset or args.size or args.label_noise):
+            remedy = "leave out --subset, --size and --label-noise"
+            raise runs.UserError(f"--{flag} brings its own pre-training: {remedy}")
+    if args.parent and args.rewind and len(args.rewind) > 1:
+        raise runs.UserError("--parent is one spawn point: give one --rewind, or none")
+
+
 def main(args: argparse.Namespace) -> list[dict]:
     """Measures every spawn point, prints the tables and the paths; returns the results, by spawn
     point and replicate."""
-    if args.alphas % 2 == 0:
-        raise common.UserError(f"--alphas {args.alphas}: an odd number has 1/2 among the values")
-    if args.parent and (args.subset or args.size or args.label_noise):
-        told = "leave out --subset, --size and --label-noise"
-        raise common.UserError(f"--parent brings its own pre-training: {told}")
-    asked = args.rewind
-    if args.parent and asked and len(asked) > 1:
-        raise common.UserError("--parent is one spawn point: give one --rewind, or none")
-    args.subset = "all" if args.parent else args.subset
-    args.rewind = 0 if args.parent else max(asked) if asked else None
-    data, starts = common.prepare(args), {}
+    check_flags(args)
+    given, starts = args.rewind, {}
+    args.subset = "all" if args.parent or args.between else args.subset
+    args.rewind = 0 if args.parent or args.between else max(given) if given else None
+    data = common.prepare(args)
+    if args.between:
+        return measure_between(args, data)
     for k in args.replicate if args.parent else ():
-        only = asked[0] if asked else None
-        starts[k] = common.read_start("--parent", args.parent, args, data, k, only)
-        asked = (args.rewind,)
-    sweep = SPAWN.get(args.preset, (args.rewind,))
-    sweep = asked or [t for t in sweep if t < args.steps]
-    spawned = []
-    for t in sweep:
-        one, its = argparse.Namespace(**{**vars(args), "rewind": t}), data
-        if t == 0 and not args.parent:  # nothing is pre-trained, so no subset or score matters
-            one.subset, one.label_noise = "all", 0.0
-            its = dataclasses.replace(data, scores=None)
-        spawned.append(spawn(one, its, starts))
-    whole = [[run for run in runs if not run.result["ended"]] for runs in spawned]
-    if whole := [runs for runs in whole if runs]:
-        steps = [runs[0].result["pretrain"]["step"] for runs in whole]
-        print(table([[run.result for run in runs] for runs in whole]))
-        print(histogram(steps, [np.stack([arrays(run)[1] for run in runs]) for runs in whole]))
-    runs = [run for runs in spawned for run in runs]
-    common.report(runs)
-    return [run.result for run in runs]
+        starts[k] = common.read_start("--parent", args.parent, args, data, k, given and given[0])
+        given = (starts[k]["step"],)
+    args.rewind, spawned = given, []
+    for t in spawn_points(args):
+        one = at_step(args, t)
+        scores = None if one.subset == "all" else data.scores
+        spawned.append(spawn(one, dataclasses.replace(data, scores=scores), starts))
+    complete = [[run for run in group if not run.result["ended"]] for group in spawned]
+    if complete := [group for group in complete if group]:
+        steps = [group[0].result["pretrain"]["step"] for group in complete]
+        print(table([[run.result for run in group] for group in complete]))
+        pooled = [np.stack([arrays(run)[1] for run in group]) for group in complete]
+        print(histogram(steps, pooled))
+    finished = [run for group in spawned for run in group]
+    common.report(finished)
+    return [run.result for run in finished]
+
+
+def connect(**settings: Any) -> list[dict]:
+    """The command as a function: connect(dataset="digits", rewind=[0, 20], children=3)."""
+    return runs.call(main, flags(), settings)
 
 
 if __name__ == "__main__":
-    common.run_stage(main, flags())
+    runs.run_stage(main, flags())

@@ -14,23 +14,28 @@ result.json.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import common
+import runs
 
 KINDS = ("accuracy", "gradient-norm", "coherence")
 BATCHES = 16  # whose gradients are compared
 
 
-def flags() -> common.Parser:
+def flags() -> runs.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset", "rewind")
-    told = f"comma-separated: {','.join(KINDS)} [all]"
-    parser.add_argument("--track", type=kinds, default=KINDS, help=told)
-    parser.add_argument("--every", type=common.positive, default=10, help="steps between rows [10]")
+    add = parser.add_argument_group("log").add_argument
+    add("--track", type=kinds, default=KINDS, help=f"comma-separated: {','.join(KINDS)} [all]")
+    add("--every", type=runs.positive, default=10, help="steps between rows [10]")
+    add("--easy-size", type=runs.positive, help="easy examples of easy_accuracy [--size]")
+    add("--easy-balance", action="store_true", help="these within each class [--balance]")
     return parser
 
 
@@ -55,7 +60,22 @@ def coherence(t: common.Training, row: int, keys: common.Stream, step: int) -> t
     return F.cosine_similarity(each, each.mean(0, keepdim=True))
 
 
-def track(t: common.Training, runs: list[common.Run]) -> Callable[[int], None]:
+def easy_examples(args: argparse.Namespace, data: common.Data) -> torch.Tensor:
+    """The easy examples whose accuracy is logged: by default those that --subset easy would take,
+    so that curves of all data and of a subset tell of the same examples."""
+    scores = common.read_scores(args, data) if data.scores is None else data.scores
+    size = args.easy_size or args.size or args.defaults.size
+    if size > len(scores):
+        raise runs.UserError(f"--easy-size {size}: {data.name} has {len(scores)} training images")
+    balance = args.easy_balance or args.balance
+    easy = {"subset": "easy", "size": size, "balance": balance, "offset": 0}
+    wanted = argparse.Namespace(**{**vars(args), **easy})
+    return common.choose_subset(
+        wanted, dataclasses.replace(data, scores=scores), data.train_labels, 0
+    )
+
+
+def track(t: common.Training, group: list[runs.Run]) -> Callable[[int], None]:
     """Sets what a pre-training reports; returns the observer that writes the log."""
     args, data, networks = t.args, t.data, t.networks
     t.at = frozenset([*range(0, args.rewind, args.every), args.rewind])
@@ -63,63 +83,80 @@ def track(t: common.Training, runs: list[common.Run]) -> Callable[[int], None]:
     if "gradient-norm" in args.track:
         norms = torch.zeros(networks.rows, args.rewind, device=args.device)
         t.extra["gradient_norm"] = norms
-        t.watch = lambda networks, step, indices, logits: norms.index_copy_(
-            1, step, networks.gradient.norm(dim=1, keepdim=True)
+        t.watch = lambda networks, row, step, indices, logits: norms[row].index_copy_(
+            0, step, networks.gradient[row].norm()[None]
         )
     if "coherence" in args.track:
         shape = (networks.rows, len(order), BATCHES)
         t.extra["coherence"] = torch.zeros(shape, device=args.device)
-    if "accuracy" in args.track:
-        scores = common.read_scores(args, data) if data.scores is None else data.scores
-        easy = torch.from_numpy(np.argsort(scores, kind="stable")[: args.size].copy())
+    easy = easy_examples(args, data) if "accuracy" in args.track else None
     samples = []
-    for run, stream in zip(runs, t.streams, strict=True):
+    for run, stream in zip(group, t.streams, strict=True):
         key = common.philox_key(args.seed, "sample", run.replicate)
         samples.append(common.Stream(stream.labels, stream.indices, key, stream.augment))
 
     def observe(step: int) -> None:
-        told = [{} for _ in runs]
-        if "accuracy" in args.track:
+        rows = [{} for _ in group]
+        if easy is not None:
             test = common.accuracy(networks, data)
-            whole = (networks, data, data.train_images, data.train_labels)
-            right = (common.evaluate(*whole)[1] == 0).double()
-            for r, row in enumerate(told):
+            errors = common.evaluate(networks, data, data.train_images, data.train_labels)[1]
+            right = (errors == 0).double()
+            for r, row in enumerate(rows):
                 row["test_accuracy"], row["train_accuracy"] = test[r], right[r].mean().item()
-                row["easy_accuracy"] = right[r, easy.to(right.device)].mean().item()
+                row["easy_accuracy"] = right[r, easy].mean().item()
         if "coherence" in args.track:
-            for r, row in enumerate(told):
+            for r, row in enumerate(rows):
                 cosines = coherence(t, r, samples[r], step)
                 t.extra["coherence"][r, order.index(step)] = cosines
                 row["coherence"] = cosines.mean().item()
-        for run, row in zip(runs, told, strict=True):
+        for run, row in zip(group, rows, strict=True):
             run.log("pretrain", step, **row)
 
     return observe
+
+
+def run_name(args: argparse.Namespace) -> str:
+    balanced = "balanced" * (args.easy_balance or args.balance)
+    watched = f"easy{args.easy_size or args.size or args.defaults.size}{balanced}"
+    watched = watched if args.easy_size or args.easy_balance else ""
+    return common.run_name(args, common.subset_name(args), f"rewind{args.rewind}", watched)
+
+
+def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
+    """(folder, network-steps, done) of each replicate; reads no data."""
+    common.fill(args)
+    folder = common.run_folder(args, "pretrain", run_name(args))
+    places = [folder / f"rep{k}" for k in args.replicate]
+    return [(place, args.rewind, bool(runs.finished_result(place))) for place in places]
 
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Pre-trains, prints the last row of each log and the paths; returns the results."""
     data = common.prepare(args)
     if args.rewind == 0:
-        raise common.UserError("--rewind 0: there is nothing to pre-train")
+        raise runs.UserError("--rewind 0: there is nothing to pre-train")
     keys = ("subset", "label_noise", "rewind", "pretrain_lr", "track", "every")
-    settings = common.settings_of(args, data, *keys)
-    name = common.run_name(args, common.subset_name(args), f"rewind{args.rewind}")
-    with common.open_runs(args, data, "pretrain", name, settings) as runs:
-        todo = [run for run in runs if run.result is None]
-        with common.progress_bar(args, len(todo) * args.rewind) as progress:
+    settings = common.settings_of(args, data, *keys, "easy_size", "easy_balance")
+    with common.open_runs(args, "pretrain", run_name(args), settings, args.replicate) as group:
+        todo = [run for run in group if run.result is None]
+        with runs.progress_bar(len(todo) * args.rewind, args.quiet) as progress:
             common.pretrain(args, data, todo, progress, track)
         for run in todo:
             for kind, values in run.load("pretrained.pt")["tracked"].items():
-                common.write(run.folder / f"{kind}.npy", lambda f, v=values: np.save(f, v.numpy()))
-            run.finish({"pretrain": run.pretraining(), "ended": run.ended})
-        results = [run.result for run in runs]
+                runs.write_array(run.folder / f"{kind}.npy", values.numpy())
+            run.finish({"pretrain": common.about_start(run), "ended": run.ended})
+        results = [run.result for run in group]
         accuracies = [r["pretrain"]["test_accuracy"] for r in results if not r["ended"]]
         if accuracies:
             print(f"test accuracy at step {args.rewind}: {common.mean_std(accuracies)}")
-        common.report(runs)
+        common.report(group)
     return results
 
 
+def pretrain(**settings: Any) -> list[dict]:
+    """The command as a function: pretrain(dataset="digits", subset="easy", replicate=range(4))."""
+    return runs.call(main, flags(), settings)
+
+
 if __name__ == "__main__":
-    common.run_stage(main, flags())
+    runs.run_stage(main, flags())

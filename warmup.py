@@ -24,6 +24,8 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,63 +34,55 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor, nn
 
 import common
+import runs
 
-# What this experiment has in place of Table 1, as presets NAME-warmup; EL2N scores are made by the
-# settings of NAME, as for the other stages. The digits' peak is more than they stand unprepared.
+
+@dataclasses.dataclass(frozen=True)
+class Preset(common.Preset):
+    """What this experiment has in place of Table 1; EL2N scores are made by Table 1's settings."""
+
+    warmup: tuple[int, ...] = (1600,)
+    sharpness_every: int = 196
+    sharpness_sample: int = 1024
+
+
 PAPER = {"batch_size": 1024, "steps": 7840, "milestones": (3920, 5880), "lr": 3.2, "size": 5120}
+# The digits' peak is more than they stand unprepared.
 DIGITS = {"batch_size": 128, "steps": 300, "milestones": (150, 225), "lr": 4.0, "size": 512}
-DEPARTURES = {k: DIGITS if k == "digits" else PAPER for k in common.PRESETS}
-OURS = {f"{k}-warmup": dataclasses.replace(common.PRESETS[k], **v) for k, v in DEPARTURES.items()}
-WARMUP = {"digits-warmup": (0, 80)}  # t; of other data sets 1600
-EVERY = {"digits-warmup": 30}  # steps between eigenvalues; of other data sets 196
-SAMPLE = {"digits-warmup": 256}  # examples of the Hessian; of other data sets 1024
+DIGITS |= {"warmup": (0, 80), "sharpness_every": 30, "sharpness_sample": 256}
+PRESETS = {
+    name: Preset(**{**vars(preset), **(DIGITS if name == "digits" else PAPER)})
+    for name, preset in common.PRESETS.items()
+}
 
 
-def flags() -> common.Parser:
+def flags() -> runs.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset")
-    told = "t, or several, a run each; 0 is no warmup [digits 0,80, else 1600]"
-    parser.add_argument("--warmup", type=common.numbers, help=told)
-    kind = common.number(float, 0, 1e6, open_low=True)
-    parser.add_argument(
-        "--peak-lr", dest="lr", type=kind, help="another name of --lr [digits 4, else 3.2]"
-    )
-    told = "steps between eigenvalues, 0 for none [digits 30, else 196]"
-    parser.add_argument("--sharpness-every", type=common.whole, help=told)
-    told = "training examples of the Hessian [digits 256, else 1024]"
-    parser.add_argument("--sharpness-sample", type=common.number(int, 2, 10**9), help=told)
+    peak = runs.number(float, 0, 1e6, open_low=True)
+    add = parser.add_argument_group("warmup (presets: digits, others)").add_argument
+    add("--warmup", type=runs.numbers, help="t, or several; 0 is no warmup [0,80, 1600]")
+    add("--peak-lr", dest="lr", type=peak, help="another name of --lr [4, 3.2]")
+    add("--sharpness-every", type=runs.count, help="steps; 0 for no eigenvalues [30, 196]")
+    sample = runs.number(int, 2, 10**9)
+    add("--sharpness-sample", type=sample, help="training examples of the Hessian [256, 1024]")
     return parser
 
 
 def prepare(args: argparse.Namespace) -> common.Data:
-    """As `common.prepare`, with the presets of this stage; easy and hard subsets by the EL2N scores
-    that the other stages use, whatever the batch size and rate here."""
-    table1 = ("batch_size", "steps", "milestones", "lr", "size")
-    standard = argparse.Namespace(**{**vars(args), **dict.fromkeys(table1), "subset": "all"})
-    data = common.prepare(standard)
-    args.preset = f"{standard.preset}-warmup"
-    common.PRESETS.update(OURS)
-    for key, values, other in (
-        ("warmup", WARMUP, (1600,)),
-        ("sharpness_every", EVERY, 196),
-        ("sharpness_sample", SAMPLE, 1024),
-    ):
-        if getattr(args, key) is None:
-            setattr(args, key, values.get(args.preset, other))
-    if not max(args.warmup):
-        args.subset, args.size = "all", None
-    # A subset without scores first, to refuse what cannot work before any are made.
-    tried = {"subset": "all" if args.subset == "all" else "random"}
-    tried = argparse.Namespace(**{**vars(args), **tried})
-    common.prepare(tried, data)
-    if max(args.warmup) > tried.steps:
-        raise common.UserError(f"--warmup {max(args.warmup)}: longer than --steps {tried.steps}")
-    if args.sharpness_every and args.sharpness_sample > len(data.train_labels):
-        told = f"{data.name} has {len(data.train_labels)} training images"
-        raise common.UserError(f"--sharpness-sample {args.sharpness_sample}: {told}")
-    if args.subset in (None, "easy", "hard") and not args.scores:
-        common.read_scores(standard, data)  # makes them if need be
-        args.scores = common.scores_path(standard, data)
-    return common.prepare(args, data)
+    """As `common.prepare`, with the presets of this stage."""
+    if args.warmup and not max(args.warmup):
+        args.subset, args.size = "all", None  # the subset is never seen
+    data = common.prepare(args, PRESETS, check_lengths)
+    return data
+
+
+def check_lengths(args: argparse.Namespace, data: common.Data) -> None:
+    if max(args.warmup) > args.steps:
+        raise runs.UserError(f"--warmup {max(args.warmup)}: longer than --steps {args.steps}")
+    n = len(data.train_labels)
+    if args.sharpness_every and args.sharpness_sample > n:
+        problem = f"{data.name} has {n} training images"
+        raise runs.UserError(f"--sharpness-sample {args.sharpness_sample}: {problem}")
 
 
 # ---- sharpness -----------------------------------------------------------------------------------
@@ -142,9 +136,7 @@ def top_eigenvalue(
     return loss.item(), float(top)
 
 
-def watch_sharpness(
-    t: common.Training, runs: list[common.Run], phase: str
-) -> Callable[[int], None]:
+def watch_sharpness(t: common.Training, group: list[runs.Run], phase: str) -> Callable[[int], None]:
     """The observer that writes the eigenvalues of a training into its `extra` and its logs."""
     args, data, networks = t.args, t.data, t.networks
     draw = common.generator(args.seed, "sample")
@@ -154,7 +146,7 @@ def watch_sharpness(
     x, y = common.normalise(data, data.train_images[picked]), data.train_labels[picked]
 
     def observe(step: int) -> None:
-        for r, run in enumerate(runs):
+        for r, run in enumerate(group):
             if networks.diverged[r] >= 0:
                 continue
             loss, top = top_eigenvalue(networks.modules[r], x, y, start)
@@ -168,22 +160,26 @@ def watch_sharpness(
 
 
 def train_phase(
-    args: argparse.Namespace, data: common.Data, runs: list[common.Run], phase: str, progress
+    args: argparse.Namespace, data: common.Data, group: list[runs.Run], phase: str, progress
 ) -> common.Training:
     """Phase "warmup" or "main" of several replicates side by side."""
     t, t_end, every = args.warmup, args.steps, args.sharpness_every
-    networks = common.Networks(common.make_model(args, data), len(runs), args.device)
+    networks = common.Networks(common.make_model(args, data), len(group), args.device)
     reports = range(0, t_end + 1, every) if every else ()
-    table = torch.full((len(runs), len(reports)), math.nan, dtype=torch.float64, device=args.device)
+    table = torch.full(
+        (len(group), len(reports)), math.nan, dtype=torch.float64, device=args.device
+    )
     labels, streams = common.noisy_labels(data, args.label_noise, args.seed), []
-    for r, run in enumerate(runs):
+    for r, run in enumerate(group):
         indices = common.choose_subset(args, data, labels, run.replicate)
         subset = {"indices": indices, "labels": labels} if phase == "warmup" else {}
         streams.append(common.make_stream(args, data, run.replicate, **subset))
-        common.initialise(networks.modules[r], common.generator(args.seed, "init", run.replicate))
+        networks.load(r, common.fresh_state(args, data, run.replicate))
         if phase == "main" and t:
             warm = run.load("warm.pt")
-            networks.put(slice(r, r + 1), warm["networks"])
+            networks.load(r, warm["model"])
+            networks.set_momentum(r, warm["momentum"])
+            networks.diverged[r] = warm["diverged"]
             table[r] = warm["eigenvalue"].to(args.device)
     first, last, schedule = 0, t, lambda step: args.lr * step / t
     if phase == "main":
@@ -191,69 +187,83 @@ def train_phase(
     at = frozenset(s for s in reports if first < s <= last or s == first == 0)
     training = common.Training(args, data, networks, streams, first, last, schedule, at)
     training.extra["eigenvalue"] = table
-    observe = watch_sharpness(training, runs, phase) if every else lambda step: None
-    common.fit(training, runs, phase, progress, observe)
+    observe = watch_sharpness(training, group, phase) if every else lambda step: None
+    common.fit(training, group, phase, progress, observe)
     return training
 
 
-def warm(args: argparse.Namespace, data: common.Data, runs: list[common.Run], progress) -> None:
+def warm(args: argparse.Namespace, data: common.Data, group: list[runs.Run], progress) -> None:
     """Phase 1: warm.pt of several replicates."""
-    training = train_phase(args, data, runs, "warmup", progress)
-    for r, run in enumerate(runs):
-        state = {"networks": training.networks.get(slice(r, r + 1)), "seconds": run.seconds}
+    training = train_phase(args, data, group, "warmup", progress)
+    networks = training.networks
+    for r, run in enumerate(group):
+        state = {"model": networks.state(r), "momentum": networks.momentum_state(r)}
+        state |= {"diverged": networks.diverged[r].item(), "seconds": run.seconds}
         run.save("warm.pt", {**state, "eigenvalue": training.extra["eigenvalue"][r].cpu().clone()})
 
 
-def finish(args: argparse.Namespace, data: common.Data, runs: list[common.Run], progress) -> None:
+def finish(args: argparse.Namespace, data: common.Data, group: list[runs.Run], progress) -> None:
     """Phase 2: result.json of several replicates."""
-    training = train_phase(args, data, runs, "main", progress)
+    training = train_phase(args, data, group, "main", progress)
     networks, share = training.networks, data.test_labels.bincount().max().item()
     n, accuracy = len(data.test_labels), common.accuracy(networks, data)
     chance = share / n + 2 * math.sqrt(share / n * (1 - share / n) / n)  # two standard errors
     losses = common.evaluate(networks, data, data.train_images, data.train_labels)[0]
-    for r, run in enumerate(runs):
+    for r, run in enumerate(group):
         loss, diverged = losses[r].double().mean().item(), networks.diverged[r].item()
         if diverged < 0 and not math.isfinite(loss):
             diverged = args.steps
         good = diverged < 0
         outcome = "diverged" if not good else "trained" if accuracy[r] > chance else "chance"
         tops = training.extra["eigenvalue"][r].tolist()
-        told = {
+        numbers = {
             "test_accuracy": accuracy[r] if good else None,
             "outcome": outcome,
             "diverged_at": None if good else diverged,
             "train_loss": loss if good else None,
         }
-        run.log("end", args.steps, **told)
+        run.log("end", args.steps, **numbers)
         sharpness = [
             {"step": k * args.sharpness_every, "eigenvalue": x if math.isfinite(x) else None}
             for k, x in enumerate(tops)
         ]
         seconds = run.seconds + (run.load("warm.pt")["seconds"] if args.warmup else 0)
-        run.finish({**told, "sharpness": sharpness, "seconds": seconds, "ended": None})
+        run.finish({**numbers, "sharpness": sharpness, "seconds": seconds, "ended": None})
 
 
-def run_length(args: argparse.Namespace, data: common.Data) -> list[common.Run]:
+def run_name(args: argparse.Namespace) -> str:
+    """Of one length of warmup."""
+    return common.run_name(args, common.subset_name(args), f"warmup{args.warmup}")
+
+
+def of_length(args: argparse.Namespace, length: int) -> argparse.Namespace:
+    """The settings of one length of warmup; without any the subset is never seen."""
+    one = argparse.Namespace(**{**vars(args), "warmup": length})
+    if length == 0:
+        one.subset, one.label_noise = "all", 0.0
+    return one
+
+
+def run_length(args: argparse.Namespace, data: common.Data) -> list[runs.Run]:
     """Both phases at one warmup length; the finished runs."""
     keys = ("subset", "label_noise", "warmup", "sharpness_every", "sharpness_sample")
     settings = common.settings_of(args, data, *keys)
-    name = common.run_name(args, common.subset_name(args), f"warmup{args.warmup}")
-    with common.open_runs(args, data, "warmup", name, settings) as runs:
-        todo = [run for run in runs if run.result is None]
-        with common.progress_bar(args, len(todo) * args.steps) as progress:
+    with common.open_runs(args, "warmup", run_name(args), settings, args.replicate) as group:
+        todo = [run for run in group if run.result is None]
+        with runs.progress_bar(len(todo) * args.steps, args.quiet) as progress:
             lacking = [run for run in todo if args.warmup and run.load("warm.pt") is None]
-            common.skip(progress, (len(todo) - len(lacking)) * args.warmup)
-            for group in common.side_by_side(lacking, "warmup"):
-                warm(args, data, group, progress)
-            for group in common.side_by_side(todo, "main"):
-                finish(args, data, group, progress)
-    return runs
+            runs.skip(progress, (len(todo) - len(lacking)) * args.warmup)
+            for part in common.side_by_side(lacking, "warmup"):
+                warm(args, data, part, progress)
+            for part in common.side_by_side(todo, "main"):
+                finish(args, data, part, progress)
+    return group
 
 
 def table(lengths: dict[int, list[dict]]) -> str:
     """One line a warmup length, mean and deviation over the replicates that trained."""
-    told = "sharpness: start  largest  end"
-    lines = [f"warmup  trained  test accuracy      train loss         {told}"]
+    heading = "warmup  trained  test accuracy      train loss         sharpness: "
+    lines = [heading + "start  largest  end"]
     for t, results in lengths.items():
         trained = [r for r in results if r["outcome"] == "trained"]
         accuracy, loss = (
@@ -262,26 +272,43 @@ def table(lengths: dict[int, list[dict]]) -> str:
         )
         curves = [[x["eigenvalue"] for x in r["sharpness"]] for r in trained]
         tops = np.nanmean(np.array(curves or [[]], float), 0)
-        told = f"{tops[0]:16.1f}  {tops.max():7.1f}  {tops[-1]:.1f}" if len(tops) else ""
+        sharpness = f"{tops[0]:16.1f}  {tops.max():7.1f}  {tops[-1]:.1f}" if len(tops) else ""
         count = f"{len(trained)} of {len(results)}"
-        lines.append(f"{t:6}  {count:7}  {accuracy:17}  {loss:17}  {told}".rstrip())
+        lines.append(f"{t:6}  {count:7}  {accuracy:17}  {loss:17}  {sharpness}".rstrip())
     return "\n".join(lines)
+
+
+def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
+    """(folder, network-steps, done) of each length and replicate; reads no data."""
+    if args.warmup and not max(args.warmup):
+        args.subset, args.size = "all", None
+    common.fill(args, PRESETS)
+    found = []
+    for length in args.warmup:
+        one = of_length(args, length)
+        folder = common.run_folder(one, "warmup", run_name(one))
+        places = [folder / f"rep{k}" for k in args.replicate]
+        found += [(place, args.steps, bool(runs.finished_result(place))) for place in places]
+    return found
 
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Trains with every warmup length, prints the table and the paths; returns the results."""
-    data, runs, lengths = prepare(args), [], {}
+    data, finished, lengths = prepare(args), [], {}
     for t in args.warmup:
-        one, its = argparse.Namespace(**{**vars(args), "warmup": t}), data
-        if t == 0:  # the subset is never seen
-            one.subset, one.label_noise = "all", 0.0
-            its = dataclasses.replace(data, scores=None)
-        done = run_length(one, its)
-        runs, lengths[t] = runs + done, [run.result for run in done]
+        one = of_length(args, t)
+        scores = None if one.subset == "all" else data.scores
+        group = run_length(one, dataclasses.replace(data, scores=scores))
+        finished, lengths[t] = finished + group, [run.result for run in group]
     print(table(lengths))
-    common.report(runs)
-    return [run.result for run in runs]
+    common.report(finished)
+    return [run.result for run in finished]
+
+
+def warm_up(**settings: Any) -> list[dict]:
+    """The command as a function: warm_up(dataset="digits", warmup=[0, 80])."""
+    return runs.call(main, flags(), settings)
 
 
 if __name__ == "__main__":
-    common.run_stage(main, flags())
+    runs.run_stage(main, flags())
