@@ -219,7 +219,8 @@ plan() { # TASK...: sets their state (done, todo) and folder, which the stages k
     while IFS=$'\t' read -r status _ _ place; do
         state[$1]=$status folder[$1]=$place
         shift
-    done < <(for i; do echo "${command[i]}"; done | "$python" "$here/figures.py" --plan "--out=$out")
+    done < <(for i; do echo "${command[i]}"; done |
+        "$python" "$here/figures.py" --plan "--out=$out")
     (($# == 0)) || fail "figures.py --plan stopped at: ${command[$1]}"
 }
 
@@ -261,10 +262,10 @@ list() {
     [[ -n $wave_only && $wave_only != 4 ]] || echo "$text"
 }
 
-name_of() { # TASK: its folder, with the replicate where it is one
-    local r=''
+name_of() { # TASK: its folder, with the replicate where it is one and the scores it is given
+    local r='' maker=${scored[$1]}
     [[ ! ${command[$1]} =~ --replicate=([0-9]+)" " ]] || r=/rep${BASH_REMATCH[1]}
-    echo "${folder[$1]}$r"
+    echo "${folder[$1]}$r${maker:+ by ${folder[maker]}}"
 }
 
 # ---- on this machine -----------------------------------------------------------------------------
@@ -273,7 +274,7 @@ pid=() at=() began=$SECONDS # by slot: a process and its task
 
 say() { printf '%3d:%02d  %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*" >&2; }
 
-log_of() { local n; n=$(name_of "$1"); echo "$out/logs/${n//\//,}.log"; }
+log_of() { local n; n=$(name_of "$1"); echo "$out/logs/${n//[\/ ]/,}.log"; }
 
 next() { # sets `task` to one that can start; what needs a failed one is blocked
     for task in "${!wanted[@]}"; do
@@ -367,7 +368,8 @@ submit() { # DEPENDENCY TASK...: as one job array
 run_slurm() {
     local i j w n line alive todo queued=0 submitted=0 group=()
     command -v sbatch >/dev/null || fail '--slurm: there is no sbatch here'
-    alive=" $(squeue -h -r -u "$(id -un)" -o %i | tr '\n' ' ') " || fail '--slurm: squeue does not answer'
+    alive=" $(squeue -h -r -u "$(id -un)" -o %i | tr '\n' ' ') " ||
+        fail '--slurm: squeue does not answer'
     mkdir -p -- "$out/slurm" && touch -- "$out/slurm/submitted" || exit 2
     while read -r n line; do job_of[$line]=$n; done <"$out/slurm/submitted"
     for i in "${!wanted[@]}"; do
@@ -395,7 +397,8 @@ run_slurm() {
             submitted=$((submitted + ${#group[@]}))
         done
     done
-    echo "$submitted runs submitted, $queued queued before, $((${#wanted[@]} - submitted - queued)) finished"
+    n=$((${#wanted[@]} - submitted - queued))
+    echo "$submitted runs submitted, $queued queued before, $n finished"
     ((submitted)) || return 0
     figures_line
     sbatch --parsable --job-name=figures "--output=${out//%/%%}/slurm/figures.log" \

@@ -1,4 +1,4 @@
-"""run_all.sh: the shell's pitfalls, failures, interruption, a real Slurm. Its grid: test_grid.py."""
+"""run_all.sh (its grid: test_grid.py): the shell's pitfalls, failures, Ctrl-C, a real Slurm."""
 
 import os
 import shlex
@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import common
+import runs
 
 ROOT = Path(common.__file__).resolve().parent
 SCRIPT = ROOT / "run_all.sh"
-REAL = {**os.environ, "PYTHON": os.environ.get("STANDIN", sys.executable), "OMP_NUM_THREADS": "1"}
+REAL = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 FAKE = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
 # Runs of the embedded digits: one that takes seconds, and one to be interrupted in its only level.
 TINY = "extra=(--steps=60) levels=0 R=0\nuse digits digits\nimp fig2 all - 0\n"
@@ -64,8 +65,7 @@ def undisturbed(tmp_path_factory) -> str:
 
 
 def trained(folder: Path) -> str:
-    state = common.read_tensors(folder / "level00.pt")
-    return common.fingerprint(state["weights"], state["batchnorm"])
+    return runs.fingerprint(runs.read_tensors(folder / "level00.pt")["model"])
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ def test_the_half_size_grid():
 
 
 def test_cost_is_table_1():
-    """Network-steps in closed form from common.PRESETS. CIFAR-10: 57 curves rewind to step 200, 3
-    to 400, 1 to 0; CIFAR-100: 22 to 400; CINIC-10: 10 to 200, 20 to 400."""
+    """Network-steps in closed form from common.PRESETS. CIFAR-10: 54 curves rewind to step 200, 3
+    to 400, 1 to 0; CIFAR-100: 23 to 400; CINIC-10: 10 to 200, 21 to 400."""
     lines = run("--cost", "--out", "nowhere", env=REAL).stdout.splitlines()
     cost = {x[0]: x[1:4] for x in map(str.split, lines)}
     for model, counts in (
-        ("cifar10-resnet20", {200: 57, 400: 3, 0: 1}),
+        ("cifar10-resnet20", {200: 54, 400: 3, 0: 1}),
         ("cifar100-resnet32", {400: 23, 800: 1, 0: 1}),
-        ("cinic10-resnet56", {200: 10, 400: 20, 0: 1, 800: 1}),
+        ("cinic10-resnet56", {200: 10, 400: 21, 0: 1, 800: 1}),
     ):
         p, n = common.PRESETS[model.split("-")[0]], sum(counts.values())
         steps = sum(n * 4 * (t + (p.levels + 1) * (p.steps - t)) for t, n in counts.items())
@@ -200,7 +200,7 @@ def test_ctrl_c_saves_and_goes_on(tmp_path, undisturbed):
         p.send_signal(signal.SIGINT)
         _, messages = p.communicate(timeout=60)
     assert p.returncode == 130 and "goes on from here" in messages
-    common.lock(folder / ".lock").__enter__()  # nobody holds it: the child has ended
+    runs.lock(folder / ".lock").__enter__()  # nobody holds it: the child has ended
     assert (folder / "checkpoint.pt").exists() and not (folder / "level00.pt").exists()
     assert run(*command[2:], env=REAL).returncode == 0
     assert trained(folder) == undisturbed
