@@ -16,397 +16,325 @@
 #   --dataset D      digits, cifar10, cifar100, cinic10, or a folder of images (with --preset)
 #   --preset P       whose grid and settings a folder gets [cifar10]
 #   --out DIR        of results [results]       --data-dir DIR   of data [data]
-#   --device NAME    for every stage            --spread         a run for each replicate
+#   --device NAME    for every stage            --spread         a run for each replicate of
+#                                               imp, pretrain and warmup
 #   --grid FILE      instead of the paper's: a bash file of calls like `imp fig2 easy 256 20`
 #   --rate N         --cost: network-steps per second of ResNet-20 on 128 images, if not measured
 #   --partition, --account, --time, --gres, --sbatch OPTION    go to sbatch
 set -uf -o pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-out=results data_dir=data mode=run only='' datasets=() preset='' quick='' spread='' grid='' wave=''
-jobs='' gpus=() device='' rate='' sbatch=() extra=() tail='' levels='' steps='' sharpness=''
+out=results data_dir=data mode=run only='' wave_only='' datasets=() preset='' quick=''
+spread='' grid='' jobs='' gpus=() device='' rate='' sbatch=() extra=() levels='' sharpness=''
 python=${PYTHON:-$(command -v python || command -v python3)}
+if [[ $here = "$PWD" ]]; then beside=''; else beside=$here/; fi
 
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
 
 # ---- the grid ------------------------------------------------------------------------------------
 
-# A job is a command of a stage: the folder of its results below --out, the job it needs, the
-# figures it is for, its replicates, its network-steps, and how many levels make it complete.
-folder=() needs=() figures=() replicates=() cost=() rows=() command=()
-declare -A index=()
+# A task is a command: the figures it is for; its wave; the task whose scores it needs; and whether
+# these are to be named in the command, once their folder is known.
+command=() figures=() wave=() need=() scored=()
+declare -A known=() # command -> task
 
-job() { # FOLDER NEEDS FIGURES REPLICATES NETWORK-STEPS LEVELS SCRIPT ARGUMENT...
-    local line script=$7 known=${index[$1]-}
-    [[ $here = "$PWD" || $7 = /* ]] || script=$here/$7
-    local all=("$python" "$script" "${@:8}" "--out=$out" "--data-dir=$data_dir" --quiet)
-    [[ -z $device ]] || all+=("--device=$device")
-    printf -v line '%q ' "${all[@]}"
-    if [[ -n $known ]]; then # made for another figure already
-        [[ ${command[known]} = "$line" ]] || fail "two commands for $1"
-        figures[known]+=" $3"
-        return
-    fi
-    index[$1]=${#folder[@]}
-    folder+=("$1") needs+=("$2") figures+=(" $3") replicates+=("$4") cost+=("$5") rows+=("$6")
-    command+=("$line")
+quote() { # ARGUMENT...: sets `text` to what a shell and Python's shlex both read as them
+    local x
+    text=''
+    for x; do
+        [[ $x =~ ^[A-Za-z0-9_./,:=@%+-]+$ ]] || x="'${x//\'/\'\\\'\'}'"
+        text+="${text:+ }$x"
+    done
 }
 
-# Table 1: depth, batch size, steps, levels, networks and step of EL2N, as in common.PRESETS.
-table1() {
-    case $1 in
-    digits) echo 8 64 600 8 4 60 ;;
-    cifar10) echo 20 128 62400 20 10 7800 ;;
-    cifar100) echo 32 128 62400 20 10 7800 ;;
-    cinic10) echo 56 256 31250 12 10 8000 ;;
-    *) fail "--preset $1: not one of digits, cifar10, cifar100, cinic10" ;;
-    esac
+add() { # FIGURES STAGE NEED FLAG...: sets `made` to the task
+    local all=("$python" "$beside$2.py" "${given[@]}" "${@:4}" "--out=$out" "--data-dir=$data_dir")
+    [[ -z $device ]] || all+=("--device=$device")
+    quote "${all[@]}" --quiet
+    made=${known["$text $scores"]-}
+    if [[ -n $made ]]; then
+        figures[made]+=" $1"
+        return
+    fi
+    made=${#command[@]} known["$text $scores"]=$made
+    command+=("$text") figures+=("$1") need+=("$3") scored+=("$scores")
+    if [[ $2 = el2n ]]; then wave+=(1); elif [[ -z $3 ]]; then wave+=(2); else wave+=($((wave[$3] + 1))); fi
 }
 
 use() { # DATASET PRESET: what the functions below are about
-    local depth
-    read -r depth _ T L K S < <(table1 "$2") || exit 2
-    T=${steps:-$T} L=${levels:-$L}
-    model=$(basename -- "$1")-resnet$depth
-    given=("--dataset=$1")
+    given=("--dataset=$1") ranked=()
     [[ $1 = "$2" ]] || given+=("--preset=$2")
 }
 
-noise=0 scores='' metric='' balance='' R=0-3
+# Set before a call, for it alone: label noise; the task whose scores rank the examples instead of
+# EL2N's; replicates instead of the stage's.
+noise=0 scores='' R=''
+declare -A ranked=() # by noise: the task that makes EL2N scores
 
-count() { # of replicates 0-3
-    local first=${1%-*} last=${1#*-}
-    echo $((last - first + 1))
+el2n() { # FIGURES FLAG...
+    local noisy=() scores=''
+    [[ $noise = 0 ]] || noisy=("--label-noise=$noise")
+    add "$1" el2n '' "${noisy[@]}" "${@:2}"
+    (($# > 1)) || ranked[$noise]=$made
 }
 
-el2n() { # FIGURES: scores under the labels of $noise; sets `made` to their folder
-    local noisy=() name=el2n
-    ((noise == 0)) 2>/dev/null || { noisy=("--label-noise=$noise") name+=-noise$noise; }
-    made=el2n/$model/$name
-    job "$made" '' "$1" '' $((K * S)) 0 el2n.py "${given[@]}" ${noisy[@]+"${noisy[@]}"}
+train() { # STAGE REPLICATES FLAG-OF-STEP FIGURES SUBSET SIZE STEP FLAG...
+    local r=("${R:-$2}") flags=("--subset=$5") scores=$scores after=''
+    [[ $5 = all ]] || flags+=("--size=$6")
+    flags+=("--$3=$7" "${@:8}")
+    [[ $noise = 0 ]] || flags+=("--label-noise=$noise")
+    case $1$5 in # pretrain.py follows the accuracy on easy examples, whatever it trains on
+    *easy | *hard | pretrain*) after=${scores:-${ranked[$noise]-}} ;;
+    *) scores='' ;;
+    esac
+    # LMC scores are a mean over replicates, so these stay together
+    [[ -z $spread || $1$5 = lmcall ]] || mapfile -t r < <(seq "${r%-*}" "${r#*-}")
+    for r in "${r[@]}"; do add "$4" "$1" "$after" "${flags[@]}" "--replicate=$r"; done
 }
 
-forgetting() { # FIGURES NETWORKS
-    local name=forgetting
-    made=el2n/$model/$name$tail
-    ((K == $2)) || made+=-networks$2
-    ((S == T)) || made+=-step$T
-    job "$made" '' "$1" '' $(($2 * T)) 0 el2n.py "${given[@]}" --metric=forgetting \
-        "--networks=$2" "${extra[@]}"
+# FIGURES SUBSET SIZE STEP FLAG...
+imp() { train imp 0-3 rewind "$@" ${levels:+"--levels=$levels"} "${extra[@]}"; }
+lmc() { train lmc 0-1 rewind "$@" "${extra[@]}"; }
+pretrain() { train pretrain 0-3 rewind "$@" "${extra[@]}"; }
+warmup() { train warmup 0-7 warmup "$@" ${sharpness:+"--sharpness-every=$sharpness"}; }
+both() { imp "$@"; lmc "$@"; } # of Figure 5: children, and pruning from the same start
+
+each() { # FUNCTION FIGURES SUBSETS SIZES STEPS FLAG...: of each of these
+    local s m t
+    for s in $3; do
+        for m in $4; do for t in $5; do "$1" "$2" "$s" "$m" "$t" "${@:6}"; done; done
+    done
 }
 
-subset() { # FIGURES SUBSET SIZE: sets `name`, `flags`, `need` for the examples trained on first
-    name=$2 flags=("${given[@]}" "--subset=$2") need=''
-    [[ $2 = all ]] || { name+=$3 flags+=("--size=$3"); }
-    [[ -z $balance ]] || { name+=balanced flags+=(--balance); }
-    if [[ -n $scores ]]; then
-        need=$scores name+=-$metric
-    elif [[ $2 = easy || $2 = hard || -n ${watched-} ]]; then
-        el2n "$1"
-        need=$made
-    fi
-    [[ -z $scores ]] || flags+=("--scores=$out/$need/scores.npy")
-}
-
-start() { # FIGURES SUBSET SIZE REWIND: the same, of a pre-training to step REWIND
-    subset "$1" "$2" "$3"
-    name+=-rewind$4$tail flags+=("--rewind=$4" "${extra[@]}")
-    [[ $noise = 0 ]] || { name+=-noise$noise flags+=("--label-noise=$noise"); }
-}
-
-imp() { # FIGURES SUBSET SIZE REWIND
-    start "$@"
-    [[ -z $levels ]] || flags+=("--levels=$levels")
-    job "imp/$model/$name" "$need" "$1" "$R" $(($(count "$R") * ($4 + (L + 1) * (T - $4)))) \
-        $((L + 1)) imp.py "${flags[@]}"
-}
-
-lmc() { # FIGURES SUBSET SIZE REWIND
-    start "$@"
-    job "lmc/$model/$name" "$need" "$1" "$R" $(($(count "$R") * ($4 + 3 * (T - $4)))) 0 \
-        lmc.py "${flags[@]}"
-}
-
-pretrain() { # FIGURES SUBSET SIZE REWIND
-    watched=1 start "$@"
-    job "pretrain/$model/$name" "$need" "$1" "$R" $(($(count "$R") * $4)) 0 \
-        pretrain.py "${flags[@]}"
-}
-
-warmup() { # FIGURES SUBSET SIZE WARMUP STEPS
-    subset "$1" "$2" "$3"
-    name+=-warmup$4
-    job "warmup/$model/$name" "$need" "$1" "$R" $(($(count "$R") * $5)) 0 \
-        warmup.py "${flags[@]}" "--warmup=$4" ${sharpness:+"--sharpness-every=$sharpness"}
-}
-
-grid_of() { # DATASET PRESET: the paper's runs, baselines first; what is there twice runs once
+grid_of() { # DATASET PRESET: figure by figure; a command that several figures need runs once
+    local h main sizes p t by=() kinds='easy random hard'
+    case $2 in # half the matching step, size of Figure 2, all sizes
+    cifar10) h=200 main=3200 sizes='256 512 1024 2048 3200 6400 12800 25600' ;;
+    cifar100) h=400 main=2048 sizes='256 512 1024 2048 3200 6400' ;;
+    cinic10) h=400 main=51200 sizes='12800 25600 51200 102400' ;;
+    digits) h=20 main=256 sizes='128 256 512' ;;
+    *) fail "--preset $2: not one of digits, cifar10, cifar100, cinic10" ;;
+    esac
     use "$1" "$2"
-    local s m t p by half_t full_t sizes main
-    case $2 in
-    cifar10) half_t=200 full_t=400 main=3200 sizes='256 512 1024 2048 3200 6400 12800 25600' ;;
-    cifar100) half_t=400 full_t=800 main=2048 sizes='256 512 1024 2048 3200 6400' ;;
-    cinic10) half_t=400 full_t=800 main=51200 sizes='12800 25600 51200 102400' ;;
-    digits) half_t=20 full_t=40 main=256 sizes='128 256 512' ;;
-    esac
     el2n ''
-    for t in 0 $half_t $full_t; do
-        imp 'fig2 fig3 fig4 fig5 fig9 fig10 fig11 fig12 fig13' all - "$t"
-    done
-    for m in $sizes; do
-        for s in easy random hard; do
-            local for_='fig3 fig11'
-            ((m != main)) || for_+=' fig2 fig4 fig5 fig9 fig10 fig12'
-            imp "$for_" $s "$m" $half_t
-        done
-    done
-    case $2 in
-    cifar10)
-        for p in 0.1 0.5; do
-            for t in 200 400; do noise=$p imp 'fig4 fig13' all - $t; done
-            for m in 512 1024 2048 3200; do
-                for s in easy random; do noise=$p imp 'fig4 fig13' $s $m 200; done
-            done
-        done
-        forgetting fig12 4
-        by=$made
-        for m in 1024 2048 3200; do
-            scores=$by metric=forgetting balance=1 imp fig12 easy $m 200
-            imp fig12 easy $m 200
-        done
-        for s in easy random; do R=0-3 pretrain fig8 $s 25600 200; done
-        for t in 0 200 400; do R=0-1 lmc fig5 all - $t; done
-        for s in easy random hard; do R=0-1 lmc fig5 $s 3200 200; done
-        R=0-7 warmup fig6 all - 0 7840
-        for t in 100 200 400 600 800 1200 1600 2400 3200; do
-            R=0-7 warmup fig6 all - $t 7840
-            for m in 5120 10240 25600; do
-                R=0-7 balance=1 warmup fig6 easy $m $t 7840 # as the authors' code has it
-                for s in random hard; do R=0-7 warmup fig6 $s $m $t 7840; done
-            done
-        done
-        ;;
-    cifar100)
-        pretrain fig7 all - 1600
-        balance=1 pretrain fig7 easy 2048 1600
-        for t in 0 400 800; do R=0-1 lmc fig5 all - $t; done
-        for m in 512 2048 6400; do
-            for s in easy random; do
-                R=0-1 lmc fig5 $s $m 400
-                imp fig5 $s $m 400
-            done
-        done
-        ;;
-    cinic10)
-        imp 'fig5 fig11' all - 200
-        for t in 200 400 800 1600; do R=0-1 lmc 'fig5 fig10' all - $t; done
-        for m in 12800 25600 51200; do
-            for s in easy random hard; do imp 'fig3 fig11' $s $m 200; done
-            for s in easy random; do
-                for t in 200 400; do
-                    imp fig5 $s $m $t
-                    R=0-1 lmc fig5 $s $m $t
-                done
-            done
-            for t in 800 1600; do
-                scores=lmc/$model/all-rewind$t metric=lmc$t imp fig10 easy $m 400
-                R=0-1 scores=lmc/$model/all-rewind$t metric=lmc$t lmc 'fig5 fig10' easy $m 400
-            done
-        done
-        ;;
-    digits)
-        for s in all random easy; do noise=0.1 imp 'fig4 fig13' $s 256 20; done
-        forgetting fig12 4
-        scores=$made metric=forgetting balance=1 imp fig12 easy 256 20
-        for s in all easy; do pretrain 'fig7 fig8' $s 256 60; done
-        for t in 0 20 40; do lmc 'fig5 fig10' all - $t; done
-        for s in easy random hard; do lmc fig5 $s 256 20; done
-        scores=lmc/$model/all-rewind40$tail metric=lmc40 imp fig10 easy 256 20
-        warmup fig6 all - 0 300
-        for s in all easy random hard; do warmup fig6 $s 256 60 300; done
-        ;;
-    esac
+    each imp 'fig2 fig3 fig11' all - "0 $h $((2 * h))"
+    each imp fig2 "$kinds" $main $h
+    each imp 'fig3 fig11' "$kinds" "$sizes" $h
+    each imp fig9 all - "$h $((2 * h))"
+    imp fig9 easy $main $h
+    "grid_$2"
 }
 
-# ---- which of them, and how far they are ---------------------------------------------------------
-
-wanted=() # by job
-
-want() {
-    wanted[$1]=1
-    [[ -z ${needs[$1]} ]] || want "${index[${needs[$1]}]}"
+grid_cifar10() {
+    local lengths='100 200 400 600 800 1200 1600 2400 3200'
+    # The text ranks all examples together; the authors' curves are of classes ranked apart.
+    imp fig2 easy 3200 200 --balance
+    each imp 'fig3 fig11' easy "$sizes" 200 --balance
+    each imp 'fig4 fig13' all - '0 400' # noise has done nothing at 0; 400 is the dense network
+    for p in 0.1 0.5; do
+        noise=$p el2n ''
+        noise=$p each imp 'fig4 fig13' all - '200 400'
+        noise=$p each imp fig4 'easy random' 3200 200
+        noise=$p each imp fig13 'easy random' '512 1024 2048 3200' 200
+    done
+    each both fig5 all - '0 200 400' # ours: the paper's Figure 5 has CIFAR-100 and CINIC-10
+    each both fig5 "$kinds" 3200 200
+    each warmup fig6 all - "0 $lengths"
+    each warmup fig6 easy '5120 10240 25600' "$lengths" --balance # as the authors' code has it
+    each warmup fig6 'random hard' '5120 10240 25600' "$lengths"
+    for p in 0 25000 37500 39760; do each warmup fig6 easy 10240 "$lengths" --offset=$p; done
+    each pretrain fig8 'easy random' 25600 200
+    each imp fig12 all - '0 200 400'
+    el2n fig12 --metric=forgetting --networks=4
+    t=$made
+    each imp fig12 easy '1024 2048 3200' 200 --balance
+    scores=$t each imp fig12 easy '1024 2048 3200' 200 --balance
 }
 
-select_jobs() {
-    local i f
-    for i in "${!folder[@]}"; do
+lmc_scores() { # Figure 10: beside EL2N at the same step; what pruning by them is compared with
+    el2n fig10
+    el2n fig10 --score-step=1600
+    for t in 400 800 1600; do
+        lmc fig10 all - $t
+        by[t]=$made
+    done
+    each imp fig10 all - '0 400 800'
+}
+
+grid_cifar100() {
+    lmc_scores
+    each both fig5 all - '0 400 800'
+    sizes='512 1024 2048 3200'
+    each imp fig10 'easy random' "$sizes" 400
+    each both fig5 'easy random' "$sizes" 400
+    scores=${by[1600]} each imp fig10 easy "$sizes" 400
+    scores=${by[1600]} each both fig5 easy "$sizes" 400
+    pretrain fig7 all - 1600 --easy-size=2048 --easy-balance
+    pretrain fig7 easy 2048 1600 --balance
+}
+
+grid_cinic10() {
+    imp 'fig3 fig11' all - 200 # where the matching step is 400
+    each imp 'fig3 fig11' "$kinds" '12800 25600 51200' 200
+    lmc_scores
+    each both fig5 all - '200 400 800'
+    each both fig5 'easy random' '12800 25600 51200' '200 400'
+    each imp fig10 'easy random' "$sizes" 400
+    for t in 800 1600; do
+        scores=${by[t]} each imp fig10 easy "$sizes" 400
+        scores=${by[t]} each both fig5 easy '12800 25600 51200' 400
+    done
+}
+
+grid_digits() { # something of everything
+    imp fig2 easy 256 20 --balance
+    each imp 'fig4 fig13' all - '0 40'
+    noise=0.1 el2n ''
+    noise=0.1 each imp 'fig4 fig13' 'easy random' 256 20
+    noise=0.1 imp 'fig4 fig13' all - 20
+    each both fig5 all - '0 20 40'
+    each both fig5 "$kinds" 256 20
+    warmup fig6 all - 0
+    each warmup fig6 'all easy random hard' 256 60
+    warmup fig6 easy 256 60 --offset=512
+    pretrain fig7 all - 60 --easy-size=256 --easy-balance
+    pretrain fig7 easy 256 60 --balance
+    each pretrain fig8 'easy random' 256 20
+    el2n fig10 --score-step=40
+    lmc fig10 all - 40
+    scores=$made imp fig10 easy 256 20
+    each imp fig10 'easy random' 256 20
+    each imp 'fig10 fig12' all - '0 20 40'
+    el2n fig12 --metric=forgetting "${extra[@]}"
+    t=$made
+    imp fig12 easy 256 20 --balance
+    scores=$t imp fig12 easy 256 20 --balance
+}
+
+# ---- what is to be done --------------------------------------------------------------------------
+
+wanted=() state=() folder=() # by task
+
+plan() { # TASK...: sets their state (done, todo) and folder, which the stages know
+    local status place i
+    while IFS=$'\t' read -r status _ _ place; do
+        state[$1]=$status folder[$1]=$place
+        shift
+    done < <(for i; do echo "${command[i]}"; done |
+        "$python" "$here/figures.py" --plan "--out=$out")
+    (($# == 0)) || fail "figures.py --plan stopped at: ${command[$1]}"
+}
+
+select_tasks() { # those of --only and what they need; paths of scores; waves
+    local f i any makers=()
+    for f in ${only//,/ }; do
+        any=''
+        for i in "${!command[@]}"; do
+            [[ " ${figures[i]} " != *" $f "* ]] || wanted[i]=1 any=1
+        done
+        [[ -n $any ]] || fail "no run is for $f${chosen:+ of ${chosen[*]}}"
+    done
+    for ((i = ${#command[@]} - 1; i >= 0; i--)); do
         [[ -n $only ]] || wanted[i]=1
-        for f in ${only//,/ }; do [[ "${figures[i]} " != *" $f "* ]] || want "$i"; done
+        [[ -n ${wanted[i]-} ]] || continue
+        [[ -z ${need[i]} ]] || wanted[need[i]]=1
+        [[ -z ${scored[i]} ]] || makers[scored[i]]=${scored[i]}
     done
-    ((${#wanted[@]})) || fail "no run is for ${only:-this}: --only fig2 ... fig13"
-}
-
-# A task is a job, or with --spread one replicate of it (scores are made by all of them together).
-task=() only_rep=() state=()
-
-make_tasks() {
-    local i r
-    declare -A maker=()
-    for i in "${!wanted[@]}"; do [[ -z ${needs[i]} ]] || maker[${needs[i]}]=1; done
+    ((${#makers[@]} == 0)) || plan "${makers[@]}"
     for i in "${!wanted[@]}"; do
-        r=${replicates[i]}
-        if [[ -n $spread && -n $r && -z ${maker[${folder[i]}]-} ]]; then
-            for r in $(seq "${r%-*}" "${r#*-}"); do task+=("$i") only_rep+=("$r"); done
-        else
-            task+=("$i") only_rep+=("$r")
-        fi
-    done
-    for i in "${!task[@]}"; do if finished "$i"; then state[i]='done'; else state[i]=todo; fi; done
-}
-
-line_of() { printf '%s%s' "${command[task[$1]]}" "${only_rep[$1]:+--replicate=${only_rep[$1]}}"; }
-name_of() { printf '%s%s' "${folder[task[$1]]}" "${only_rep[$1]:+/rep${only_rep[$1]}}"; }
-
-finished() { # TASK: every result.json is there, with all of its levels, and none ended early
-    local path=$out/${folder[task[$1]]} r=${only_rep[$1]} enough=${rows[task[$1]]} files=() f
-    if [[ -n $r ]]; then
-        for ((r = ${r%-*}; r <= ${only_rep[$1]#*-}; r++)); do files+=("$path/rep$r/result.json"); done
-    else
-        files=("$path/result.json" "$path/scores.npy")
-    fi
-    for f in "${files[@]}"; do [[ -s $f ]] || return 1; done
-    ! grep -q '^ "ended": "' -- "${files[@]}" || return 1
-    ((enough == 0)) || for f in "${files[@]}"; do
-        [[ $(grep -c '"level":' -- "$f") -ge $enough ]] || return 1
+        [[ -n ${scored[i]} ]] || continue
+        quote "--scores=$out/${folder[scored[i]]}/scores.npy"
+        command[i]+=" $text"
     done
 }
 
-wave_of() { # JOB: 1 makes scores by el2n.py; 2 needs none or those; 3 needs a job of wave 2
-    [[ ${folder[$1]} != el2n/* ]] || { echo 1; return; }
-    local n=${needs[$1]}
-    if [[ -n $n && $n != el2n/* ]]; then echo 3; else echo 2; fi
-}
-
-figures_line() {
-    local script=figures.py
-    [[ $here = "$PWD" ]] || script=$here/$script
-    local line=("$python" "$script" "--out=$out")
+figures_line() { # sets `text`
     local drawn=()
     IFS=, read -ra drawn <<<"$only"
-    printf '%q ' "${line[@]}" ${drawn[@]+"${drawn[@]}"} ${chosen[@]+"${chosen[@]/#/--dataset=}"}
+    quote "$python" "${beside}figures.py" "${drawn[@]}" "${chosen[@]/#/--dataset=}" "--out=$out"
 }
 
 list() {
     local i
-    for i in "${!task[@]}"; do
-        [[ -n $wave && $(wave_of "${task[i]}") != "$wave" ]] || { line_of "$i"; echo; }
+    for i in "${!wanted[@]}"; do
+        [[ -n $wave_only && ${wave[i]} != "$wave_only" ]] || echo "${command[i]}"
     done
-    [[ -n $wave && $wave != 4 ]] || { figures_line; echo; }
+    figures_line
+    [[ -n $wave_only && $wave_only != 4 ]] || echo "$text"
 }
 
-show_cost() { # runs, network-steps, hours by stage and model
-    local i rates r
-    rates=$("$python" "$here/figures.py" --rates "--out=$out") || rates=''
-    for i in "${!wanted[@]}"; do
-        r=${replicates[i]:-0-0}
-        printf '%s %s %s\n' "${folder[i]%/*}" "$(count "$r")" "${cost[i]}"
-    done | RATES=$rates RATE=$rate awk '
-        BEGIN { n = split(ENVIRON["RATES"], line, "\n")
-            for (i = 1; i <= n; i++) { split(line[i], x, " "); measured[x[1]] = x[2] } }
-        { jobs[$1]++; runs[$1] += $2; steps[$1] += $3 }
-        !($1 in seen) { seen[$1] = 1; order[++k] = $1 }
-        END { printf "%-30s %6s %6s %16s %10s\n", "stage/model", "jobs", "runs", "network-steps", "hours"
-            for (i = 1; i <= k; i++) { g = order[i]; split(g, part, "/")
-                depth = part[2]; sub(/.*-resnet/, "", depth)
-                batch = part[1] == "warmup" ? 8 : part[2] ~ /^cinic10/ ? 2 : 1
-                h = "-"; r = measured[part[2]]
-                if (r && part[1] == "warmup" && part[2] !~ /^digits/) r /= 8
-                if (!r && ENVIRON["RATE"] && part[2] !~ /^digits/)
-                    r = ENVIRON["RATE"] * 18 / ((depth - 2) * batch)
-                if (r) { h = sprintf("%.1f", steps[g] / r / 3600); hours += steps[g] / r / 3600 }
-                else lacking = lacking " " part[2]
-                printf "%-30s %6d %6d %16d %10s\n", g, jobs[g], runs[g], steps[g], h
-                J += jobs[g]; R += runs[g]; S += steps[g] }
-            printf "%-30s %6d %6d %16d %10s\n", "all", J, R, S, lacking ? "-" : sprintf("%.1f", hours)
-            if (lacking) print "hours: no measured rate for some of these; run one, or give --rate" }'
+name_of() { # TASK: its folder, with the replicate where it is one and the scores it is given
+    local r='' maker=${scored[$1]}
+    [[ ! ${command[$1]} =~ --replicate=([0-9]+)" " ]] || r=/rep${BASH_REMATCH[1]}
+    echo "${folder[$1]}$r${maker:+ by ${folder[maker]}}"
 }
 
 # ---- on this machine -----------------------------------------------------------------------------
 
-declare -A running=() slot_of=() # process -> task, -> slot
-began=$SECONDS
+pid=() at=() began=$SECONDS # by slot: a process and its task
 
 say() { printf '%3d:%02d  %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*" >&2; }
 
-need_state() { # TASK: done, todo (not yet) or failed, of what it needs
-    local i n=${needs[task[$1]]}
-    for i in ${n:+"${!task[@]}"}; do
-        [[ ${folder[task[i]]} = "$n" ]] || continue
-        case ${state[i]} in failed | blocked) echo failed; return ;; done) ;; *) echo todo; return ;; esac
+log_of() { local n; n=$(name_of "$1"); echo "$out/logs/${n//[\/ ]/,}.log"; }
+
+next() { # sets `task` to one that can start; what needs a failed one is blocked
+    for task in "${!wanted[@]}"; do
+        [[ ${state[task]} = todo ]] || continue
+        case ${need[task]:+${state[need[task]]}} in
+        '' | 'done') return ;;
+        failed | blocked) state[task]=blocked ;;
+        esac
     done
-    echo 'done'
+    return 1
 }
 
-log_of() { local n; n=$(name_of "$1"); printf '%s/logs/%s.log' "$out" "${n//\//,}"; }
-
-launch() { # TASK
-    local slot=0 log line s
-    for ((slot = 0; slot < jobs; slot++)); do
-        for s in ${slot_of[@]+"${slot_of[@]}"}; do ((s != slot)) || continue 2; done
-        break
-    done
-    log=$(log_of "$1") line=$(line_of "$1")
-    mkdir -p -- "$out/logs"
-    printf '\n# %s  %s\n' "$(date '+%F %T')" "$line" >>"$log"
+launch() { # TASK: in the first free slot
+    local slot=0 log
+    while [[ -n ${pid[slot]-} ]]; do ((++slot)); done
+    log=$(log_of "$1")
+    printf '\n# %s  %s\n' "$(date '+%F %T')" "${command[$1]}" >>"$log"
     (
         ((!${#gpus[@]})) || export CUDA_VISIBLE_DEVICES="${gpus[slot % ${#gpus[@]}]}"
-        eval "exec $line"
+        eval "exec ${command[$1]}"
     ) >>"$log" 2>&1 </dev/null &
-    running[$!]=$1 slot_of[$!]=$slot state[$1]=running
+    pid[slot]=$! at[slot]=$1 state[$1]=running
     say "start   $(name_of "$1")"
-}
-
-reap() {
-    local p i
-    for p in "${!running[@]}"; do
-        ! kill -0 "$p" 2>/dev/null || continue
-        i=${running[$p]}
-        if wait "$p"; then state[i]='done'; else state[i]=failed; fi
-        say "${state[i]}  $(name_of "$i")  ($((++settled)) of $todo)"
-        unset "running[$p]" "slot_of[$p]"
-    done
 }
 
 stop() { # STATUS: every child saves itself and ends
     trap - INT TERM HUP
-    ((!${#running[@]})) || kill -TERM "${!running[@]}" 2>/dev/null
-    say "stopping ${#running[@]} runs; the same command goes on from here"
+    ((!${#pid[@]})) || kill -TERM "${pid[@]}" 2>/dev/null
+    say "stopping ${#pid[@]} runs; the same command goes on from here"
     wait
     exit "$1"
 }
 
 run_here() {
-    local i before=0 todo=0 settled=0 bad=0
-    for i in "${!task[@]}"; do if [[ ${state[i]} = todo ]]; then ((++todo)); else ((++before)); fi; done
-    say "$todo runs to do, $before finished before; logs in $out/logs"
+    local i s task settled=0 bad=0 todo
+    todo=$(grep -c todo < <(printf '%s\n' "${state[@]}"))
+    say "$todo runs to do, $((${#wanted[@]} - todo)) finished before; logs in $out/logs"
+    mkdir -p -- "$out/logs" || exit 2
     trap 'stop 130' INT
     trap 'stop 143' TERM HUP
     while :; do
-        for i in "${!task[@]}"; do
-            ((${#running[@]} < jobs)) || break
-            [[ ${state[i]} = todo ]] || continue
-            case $(need_state "$i") in done) launch "$i" ;; failed) state[i]=blocked ;; esac
-        done
-        ((${#running[@]})) || break
+        while ((${#pid[@]} < jobs)) && next; do launch "$task"; done
+        ((${#pid[@]})) || break
         wait -n
-        reap
+        for s in "${!pid[@]}"; do
+            ! kill -0 "${pid[s]}" 2>/dev/null || continue
+            i=${at[s]}
+            if wait "${pid[s]}"; then state[i]='done'; else state[i]=failed; fi
+            say "${state[i]}  $(name_of "$i")  ($((++settled)) of $todo)"
+            unset "pid[s]"
+        done
     done
-    (eval "exec $(figures_line)") &
-    running[$!]=figures
+    figures_line
+    (eval "exec $text") &
+    pid=($!)
     wait "$!" || bad=1
-    for i in "${!task[@]}"; do
+    for i in "${!wanted[@]}"; do
         case ${state[i]} in
-        failed) printf 'FAILED  %s\n        log: %s\n' "$(line_of "$i")" "$(log_of "$i")" ;;
-        blocked) printf 'WAITS   %s\n        for: %s\n' "$(line_of "$i")" "${needs[task[i]]}" ;;
+        failed) printf 'FAILED  %s\n        log: %s\n' "${command[i]}" "$(log_of "$i")" ;;
+        blocked) printf 'WAITS   %s\n        for: %s\n' "${command[i]}" "${folder[need[i]]}" ;;
         *) continue ;;
         esac
         bad=1
@@ -416,73 +344,66 @@ run_here() {
 
 # ---- on a Slurm cluster --------------------------------------------------------------------------
 
-declare -A id=() # task -> job_element on the cluster
-fresh=()         # arrays submitted by this call
+declare -A job_of=() # command -> JOB_ELEMENT on the cluster
+arrays=()            # submitted by this call
 
-submit_array() { # DEPENDENCY TASK...
-    local dependency=$1 list n i
+submit() { # DEPENDENCY TASK...: as one job array
+    local after=$1 list n i k=0
     shift
     list=$(mktemp -- "$out/slurm/XXXXXXXX.jobs") || exit 2
-    for i; do line_of "$i"; echo; done >"$list"
+    for i; do echo "${command[i]}"; done >"$list"
     n=$(sbatch --parsable --job-name=tickets "--array=0-$(($# - 1))" --requeue \
         "--output=${out//%/%%}/slurm/%A_%a.log" --open-mode=append --signal=B:USR1@120 \
-        ${dependency:+"--dependency=afterok:$dependency" --kill-on-invalid-dep=yes} \
-        ${sbatch[@]+"${sbatch[@]}"} \
+        ${after:+"--dependency=afterok:$after" --kill-on-invalid-dep=yes} "${sbatch[@]}" \
         <<<"$(printf '#!/bin/bash\nexec bash %q --task %q\n' "$here/run_all.sh" "$list")") ||
         fail "sbatch refused: see above"
-    n=${n%%;*} fresh+=("$n")
-    local k=0
+    n=${n%%;*} arrays+=("$n")
     for i; do
-        id[$i]=${n}_$((k++))
-        printf '%s %s\n' "${id[$i]}" "$(name_of "$i")" >>"$out/slurm/submitted"
+        job_of[${command[i]}]=${n}_$((k++)) state[i]=queued
+        echo "${job_of[${command[i]}]} ${command[i]}" >>"$out/slurm/submitted"
     done
-    echo "submitted $n: $# runs${dependency:+, after $dependency}"
+    echo "submitted $n: $# runs${after:+, after $after}"
 }
 
 run_slurm() {
-    local i j n alive dependency bucket waiting submitted=0 queued=0
-    declare -A last=() buckets=()
+    local i j w n line alive todo queued=0 submitted=0 group=()
     command -v sbatch >/dev/null || fail '--slurm: there is no sbatch here'
-    alive=" $(squeue -h -r -u "$(id -un)" -o %i | tr '\n' ' ') " || fail '--slurm: squeue does not answer'
+    alive=" $(squeue -h -r -u "$(id -un)" -o %i | tr '\n' ' ') " ||
+        fail '--slurm: squeue does not answer'
     mkdir -p -- "$out/slurm" && touch -- "$out/slurm/submitted" || exit 2
-    while read -r n i; do last[$i]=$n; done <"$out/slurm/submitted"
-    for i in "${!task[@]}"; do
-        [[ ${state[i]} = todo ]] || continue
-        n=${last[$(name_of "$i")]-}
-        if [[ -n $n && $alive = *" $n "* ]]; then
-            state[i]=queued id[$i]=$n queued=$((queued + 1))
-        elif [[ -n $n ]]; then
+    while read -r n line; do job_of[$line]=$n; done <"$out/slurm/submitted"
+    for i in "${!wanted[@]}"; do
+        n=${job_of[${command[i]}]-}
+        [[ ${state[i]} = todo && -n $n ]] || continue
+        if [[ $alive = *" $n "* ]]; then
+            state[i]=queued queued=$((queued + 1))
+        else
             echo "again: $(name_of "$i"), log of the last time: $out/slurm/$n.log"
         fi
     done
-    while :; do # the runs whose needs are finished or submitted, in arrays of one dependency each
-        buckets=() waiting=0
-        for i in "${!task[@]}"; do
-            [[ ${state[i]} = todo ]] || continue
-            dependency='' n=${needs[task[i]]}
-            for j in ${n:+"${!task[@]}"}; do
-                [[ ${folder[task[j]]} = "$n" && ${state[j]} != 'done' ]] || continue
-                [[ ${state[j]} = queued ]] || { waiting=1; continue 2; }
-                dependency+=${dependency:+:}${id[$j]}
-            done
-            buckets[_$dependency]+=" $i"
+    for w in 1 2 3; do
+        declare -A groups=() # by what they wait for
+        for i in "${!wanted[@]}"; do
+            [[ ${state[i]} = todo && ${wave[i]} = "$w" ]] || continue
+            n=${need[i]}
+            [[ -z $n || ${state[n]} = 'done' ]] && n='' || n=${job_of[${command[n]}]}
+            groups[_$n]+=" $i"
         done
-        ((${#buckets[@]})) || break
-        for dependency in "${!buckets[@]}"; do
-            read -ra bucket <<<"${buckets[$dependency]}"
-            for ((j = 0; j < ${#bucket[@]}; j += 1000)); do # MaxArraySize is 1001 by default
-                submit_array "${dependency#_}" "${bucket[@]:j:1000}"
+        for n in "${!groups[@]}"; do
+            read -ra group <<<"${groups[$n]}"
+            for ((j = 0; j < ${#group[@]}; j += 1000)); do # MaxArraySize is 1001 by default
+                submit "${n#_}" "${group[@]:j:1000}"
             done
-            for i in "${bucket[@]}"; do state[i]=queued submitted=$((submitted + 1)); done
+            submitted=$((submitted + ${#group[@]}))
         done
     done
-    ((!waiting)) || fail 'a run needs one that is not in the grid'
-    echo "$submitted runs submitted, $queued queued before, $((${#task[@]} - submitted - queued)) finished"
+    n=$((${#wanted[@]} - submitted - queued))
+    echo "$submitted runs submitted, $queued queued before, $n finished"
     ((submitted)) || return 0
-    n=$(IFS=:; echo "${fresh[*]}")
+    figures_line
     sbatch --parsable --job-name=figures "--output=${out//%/%%}/slurm/figures.log" \
-        --open-mode=append "--dependency=afterany:$n" ${sbatch[@]+"${sbatch[@]}"} \
-        <<<"$(printf '#!/bin/bash\nexec %s\n' "$(figures_line)")" >/dev/null
+        --open-mode=append "--dependency=afterany:$(IFS=:; echo "${arrays[*]}")" "${sbatch[@]}" \
+        <<<"$(printf '#!/bin/bash\nexec %s\n' "$text")" >/dev/null
 }
 
 run_task() { # FILE: this element of a job array, on its node
@@ -506,22 +427,18 @@ while (($#)); do
     esac
     case $1 in
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit ;;
-    --quick) quick=1; shift; continue ;;
-    --spread) spread=1; shift; continue ;;
+    --quick | --spread) printf -v "${1#--}" 1; shift; continue ;;
     --list | --cost | --slurm) mode=${1#--}; shift; continue ;;
     esac
     (($# > 1)) || fail "$1: unknown, or its value is missing (--help)"
+    [[ $2 != *[$'\n\t']* ]] || fail "$1: a name with a line break or a tab"
     case $1 in
     --only) only+=,$2 ;;
     --dataset) datasets+=("$2") ;;
-    --preset) preset=$2 ;;
     --out) out=${2%/} ;;
+    --preset | --device | --grid | --rate | --jobs) printf -v "${1#--}" %s "$2" ;;
     --data-dir) data_dir=$2 ;;
-    --device) device=$2 ;;
-    --grid) grid=$2 ;;
-    --wave) wave=$2 ;;
-    --rate) rate=$2 ;;
-    --jobs) jobs=$2 ;;
+    --wave) wave_only=$2 ;;
     --gpus) IFS=, read -ra gpus <<<"$2" ;;
     --partition | --account | --time | --gres) sbatch+=("$1=$2") ;;
     --sbatch) sbatch+=("$2") ;;
@@ -534,11 +451,10 @@ only=${only#,}
 [[ -z $jobs || $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: not a whole number"
 cores=$(nproc 2>/dev/null || echo 1)
 if [[ -n $quick ]]; then
-    datasets=(digits) steps=200 levels=4 sharpness=100 R=0-1 tail=-steps200-drops100+150
-    extra=(--steps=200 "--milestones=100,150")
+    datasets=(digits) levels=4 sharpness=100 R=0-1 extra=(--steps=200 "--milestones=100,150")
     : "${jobs:=$((cores < 2 ? 1 : 2))}"
 fi
-chosen=(${datasets[@]+"${datasets[@]##*/}"})
+chosen=("${datasets[@]##*/}")
 ((${#datasets[@]})) || datasets=(cifar10 cifar100 cinic10)
 : "${jobs:=$((${#gpus[@]} ? ${#gpus[@]} : 1))}"
 ((jobs == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
@@ -555,11 +471,13 @@ else
         esac
     done
 fi
-select_jobs
-make_tasks
+select_tasks
 case $mode in
 list) list ;;
-cost) show_cost ;;
-slurm) run_slurm ;;
-run) run_here ;;
+cost) for i in "${!wanted[@]}"; do echo "${command[i]}"; done |
+    "$python" "$here/figures.py" --cost "--out=$out" ${rate:+"--rate=$rate"} ;;
+run | slurm)
+    plan "${!wanted[@]}"
+    [[ $mode = slurm ]] || { run_here; exit; }
+    run_slurm ;;
 esac

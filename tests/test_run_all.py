@@ -1,7 +1,5 @@
-"""run_all.sh: the grid against the paper's, the shell's pitfalls, interruption, a real Slurm."""
+"""run_all.sh (its grid: test_grid.py): the shell's pitfalls, failures, Ctrl-C, a real Slurm."""
 
-import argparse
-import csv
 import os
 import shlex
 import shutil
@@ -9,42 +7,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import common
-import el2n
-import imp
-import lmc
-import pretrain
-import warmup
+import runs
 
 ROOT = Path(common.__file__).resolve().parent
 SCRIPT = ROOT / "run_all.sh"
-ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-# A run of the embedded digits that takes seconds; what the tests call with --grid.
-TINY = "steps=60 levels=1 R=0-1 tail=-steps60 extra=(--steps=60)\nuse digits digits\n"
+REAL = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+FAKE = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
+# Runs of the embedded digits: one that takes seconds, and one to be interrupted in its only level.
+TINY = "extra=(--steps=60) levels=0 R=0\nuse digits digits\nimp fig2 all - 0\n"
+LONG = TINY.replace("60", "900")
+# One run that fails, on which one depends, and one that succeeds, on which one depends.
+FAMILY = """use digits digits
+lmc fig2 all - 20; good=$made
+lmc fig2 random 13 20; bad=$made
+scores=$bad imp fig2 easy 30 20
+scores=$good imp fig2 easy 40 20
+"""
+GOOD, BAD = "lmc/digits/subsetall-rewind20", "lmc/digits/subsetrandom-size13-rewind20"
+CHILD = "imp/digits/subseteasy-size40-rewind20-subsetall-rewind20"
 
 
-def run(*args: object, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
-    told = {"env": ENV, "capture_output": True, "text": True, "cwd": cwd, "timeout": 300}
-    return subprocess.run(["bash", SCRIPT, *map(str, args)], **told | kwargs)
-
-
-def listed(*args: str) -> list[tuple[str, argparse.Namespace]]:
-    """(stage, its arguments) of every line of --list but figures.py; the stage's own parser reads
-    them, so that a flag that does not exist fails."""
-    done = run("--list", *args)
-    assert done.returncode == 0, done.stderr
-    found = []
-    for line in done.stdout.splitlines():
-        _, script, *rest = shlex.split(line)
-        stages = {"el2n": el2n, "imp": imp, "lmc": lmc, "pretrain": pretrain, "warmup": warmup}
-        if (stage := Path(script).stem) != "figures":
-            found.append((stage, stages[stage].flags().parse_args(rest)))
-    return found
+def run(*args: object, env: dict = FAKE, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = ["bash", SCRIPT, *map(str, args)]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def grid(tmp_path: Path, text: str) -> Path:
@@ -53,204 +43,9 @@ def grid(tmp_path: Path, text: str) -> Path:
     return path
 
 
-STUB = """import pathlib, os, sys, time
-flags = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
-out = pathlib.Path(flags["--out"])
-with open(out / "calls", "a") as f:
-    print(flags["--name"], os.environ.get("CUDA_VISIBLE_DEVICES"), file=f)
-if flags["--name"] == "bad":
-    sys.exit("the stub was told to fail")
-time.sleep(float(flags.get("--sleep", 0)))
-for r in ["rep0"] if "--replicate" in flags else ["."]:
-    (out / flags["--name"] / r).mkdir(parents=True, exist_ok=True)
-    (out / flags["--name"] / r / "result.json").write_text('{\\n "levels": []\\n}')
-    (out / flags["--name"] / r / "scores.npy").write_text("x")
-"""
-
-
-def stub(tmp_path: Path, *jobs: tuple[str, str], more: str = "") -> Path:
-    """A grid of stubs: (name, needs)."""
-    (tmp_path / "stub.py").write_text(STUB)
-    script = shlex.quote(str(tmp_path / "stub.py"))
-    lines = [f"job {n} '{needs}' fig2 0 1 0 {script} --name={n} {more}" for n, needs in jobs]
-    return grid(tmp_path, "\n".join(lines) + "\n")
-
-
-# ---- the grid ------------------------------------------------------------------------------------
-
-
-def test_shellcheck():
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-def test_the_grid_is_the_papers():
-    runs = listed()
-    lines = run("--list").stdout.splitlines()
-    assert len(lines) == len(set(lines)), "a command is there twice"
-    imps = [a for s, a in runs if s == "imp"]
-    own = [a for a in imps if a.scores is None and not a.label_noise]
-
-    def curves(dataset: str) -> Counter:
-        return Counter((a.subset, a.size, a.rewind) for a in own if a.dataset == dataset)
-
-    kinds = ("easy", "random", "hard")
-    sizes10 = (256, 512, 1024, 2048, 3200, 6400, 12800, 25600)
-    expected = {(k, m, 200) for k in kinds for m in sizes10}
-    assert curves("cifar10") == Counter(expected | {("all", None, t) for t in (0, 200, 400)})
-    expected = {(k, m, 400) for k in kinds for m in sizes10[:5] + sizes10[5:6] if m != 3200}
-    expected |= {(k, 3200, 400) for k in kinds}
-    assert curves("cifar100") == Counter(expected | {("all", None, t) for t in (0, 400, 800)})
-    small, large = (12800, 25600, 51200), (12800, 25600, 51200, 102400)
-    expected = {(k, m, t) for t, ms in ((200, small), (400, large)) for k in kinds for m in ms}
-    assert curves("cinic10") == Counter(expected | {("all", None, t) for t in (0, 200, 400, 800)})
-
-    noisy = Counter((a.label_noise, a.subset) for a in imps if a.label_noise)
-    assert noisy == {
-        (p, s): n for p in (0.1, 0.5) for s, n in (("all", 2), ("easy", 4), ("random", 4))
-    }
-    other = Counter(Path(a.scores).parts[-2] for a in imps if a.scores)
-    name = "forgetting-networks4-step62400"
-    assert other == {name: 3, "all-rewind800": 3, "all-rewind1600": 3}
-    warm = Counter((a.subset, a.size, *a.warmup) for s, a in runs if s == "warmup")
-    lengths = (100, 200, 400, 600, 800, 1200, 1600, 2400, 3200)
-    expected = {(k, m, t) for k in kinds for m in (5120, 10240, 25600) for t in lengths}
-    assert warm == Counter(expected | {("all", None, t) for t in (0, *lengths)})
-    assert {a.replicate for s, a in runs if s == "warmup"} == {tuple(range(8))}
-    assert {a.replicate for a in imps} == {(0, 1, 2, 3)}
-    spawned = {(a.dataset, *a.rewind) for s, a in runs if s == "lmc" and a.subset == "all"}
-    assert {("cinic10", t) for t in (200, 400, 800, 1600)} <= spawned
-
-
-def test_the_papers_curves_are_all_there():
-    """Every configuration of imp_curves.csv, which was made without this script."""
-    keys = ("dataset", "method", "subset_size", "rewind_steps", "label_noise")
-    with open(ROOT / "paper/imp_curves.csv", newline="") as f:
-        rows = {tuple(r[k] for k in keys) for r in csv.DictReader(f)}
-    told = {(*r[:3], int(r[3]), float(r[4])) for r in rows}
-    have = set()
-    for stage, a in listed():
-        if stage == "imp" and "lmc" not in str(a.scores):
-            method = "forgetting" if a.scores else a.subset
-            size = "full" if a.subset == "all" else str(a.size)
-            have.add((a.dataset, method, size, a.rewind, a.label_noise))
-    assert {x for x in told - have if x[3]} == set()  # at step 0 noise has done nothing
-
-
-def test_cost_is_table_1():
-    """Network-steps against common.PRESETS; the script holds a table of its own. CIFAR-10: 46
-    curves rewind to step 200, 3 to 400, 1 to 0. CINIC-10: 10 to 200, 19 to 400, 1 to 0 and 800."""
-    lines = run("--cost", "--out", "nowhere").stdout.splitlines()
-    told = {x[0]: x[1:4] for x in map(str.split, lines)}
-    for model, counts in (
-        ("cifar10-resnet20", {200: 46, 400: 3, 0: 1}),
-        ("cifar100-resnet32", {400: 19, 800: 1, 0: 1}),
-        ("cinic10-resnet56", {200: 10, 400: 19, 0: 1, 800: 1}),
-    ):
-        p, n = common.PRESETS[model.split("-")[0]], sum(counts.values())
-        assert model.endswith(f"resnet{p.depth}")
-        steps = sum(n * 4 * (t + (p.levels + 1) * (p.steps - t)) for t, n in counts.items())
-        assert told[f"imp/{model}"] == [str(n), str(4 * n), str(steps)]
-    p = common.PRESETS["cinic10"]
-    assert told["el2n/cinic10-resnet56"][2] == str(p.networks * p.score_step)
-    p = common.PRESETS["cifar10"]  # clean, 10 % and 50 % noise, and forgetting
-    steps = 3 * p.networks * p.score_step + 4 * p.steps
-    assert told["el2n/cifar10-resnet20"][2] == str(steps)
-    steps = warmup.OURS["cifar10-warmup"].steps
-    assert told["warmup/cifar10-resnet20"] == ["91", "728", str(728 * steps)]
-
-
-def test_only_brings_what_is_needed():
-    runs = listed("--only", "fig10", "--dataset", "cinic10")
-    made = [
-        i
-        for i, (s, a) in enumerate(runs)
-        if s == "lmc" and a.subset == "all" and a.rewind == (800,)
-    ]
-    by = [i for i, (s, a) in enumerate(runs) if s == "imp" and "lmc" in str(a.scores)]
-    assert len(made) == 1 and len(by) == 6 and made[0] < min(by)
-    assert not any(s == "warmup" for s, _ in runs)
-    waves = [listed("--wave", str(w), "--dataset", "cinic10") for w in (1, 2, 3)]
-    assert {s for s, _ in waves[0]} == {"el2n"}
-    assert all("lmc" in str(a.scores) for _, a in waves[2]) and len(waves[2]) == 12
-
-
-def test_spread_and_unknown():
-    assert {a.replicate for s, a in listed("--spread", "--only", "fig2") if s == "imp"} == {
-        (0,), (1,), (2,), (3,)
-    }  # fmt: skip
-    for wrong in (
-        ["--only", "fig99"],
-        ["--dataset", "nowhere"],
-        ["--jobs", "x"],
-        ["--huh"],
-        ["--out"],
-    ):
-        done = run("--list", *wrong)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, wrong
-
-
-# ---- on this machine -----------------------------------------------------------------------------
-
-
-def test_names_are_never_code(tmp_path):
-    """A folder name full of shell: a line of --list works in `bash -c` and makes nothing else."""
-    out = "-o $(touch pwned) `touch pwned` 'q\" ;touch pwned; é"
-    path = grid(
-        tmp_path,
-        TINY.replace("R=0-1", "R=0").replace("levels=1", "levels=0") + "imp fig2 all - 0\n",
-    )
-    [line, _] = run("--list", "--grid", path, "--out", out, cwd=tmp_path).stdout.splitlines()
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / out / "imp/digits-resnet8/all-rewind0-steps60/rep0/result.json").exists()
-    again = run("--grid", path, "--out", out, cwd=tmp_path)
-    assert again.returncode == 0 and "start" not in again.stderr, again.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {out, "grid.sh"}
-
-
-def test_a_failure_is_told_and_stops_no_other(tmp_path):
-    path = stub(tmp_path, ("bad", ""), ("good", ""), ("child", "bad"), ("other", "good"))
-    done = run("--grid", path, "--out", tmp_path / "o", "--jobs", "2", "--gpus", "4,7")
-    assert done.returncode == 1
-    assert "FAILED" in done.stdout and "--name=bad" in done.stdout and "bad,rep" not in done.stderr
-    assert "WAITS" in done.stdout and "--name=child" in done.stdout
-    log = next((tmp_path / "o/logs").glob("bad*.log"))
-    assert f"log: {log}" in done.stdout and "told to fail" in log.read_text()
-    calls = dict(x.split() for x in (tmp_path / "o/calls").read_text().splitlines())
-    assert set(calls) == {"bad", "good", "other"} and {calls["bad"], calls["good"]} == {"4", "7"}
-    run("--grid", path, "--out", tmp_path / "o")
-    calls = [x.split()[0] for x in (tmp_path / "o/calls").read_text().splitlines()]
-    assert calls[3:] == ["bad"], "only what failed runs again"
-
-
-def test_ctrl_c_saves_and_goes_on(tmp_path):
-    path = grid(tmp_path, TINY.replace("60", "900").replace("R=0-1", "R=0") + "imp fig2 all - 0\n")
-    command = ["bash", SCRIPT, "--grid", path, "--out", tmp_path / "o"]
-    folder = tmp_path / "o/imp/digits-resnet8/all-rewind0-steps900/rep0"
-    ours = {"env": ENV, "cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
-    ours["preexec_fn"] = heed_ctrl_c
-    with subprocess.Popen(command, **ours) as p:
-        wait_for((folder / "pretrained.pt").exists)
-        time.sleep(1)
-        p.send_signal(signal.SIGINT)
-        _, told = p.communicate(timeout=60)
-    assert p.returncode == 130 and "goes on from here" in told
-    common.lock(folder / ".lock").__enter__()  # nobody holds it: the child has ended
-    assert (folder / "checkpoint.pt").exists() and not (folder / "level00.pt").exists()
-    assert run(*command[2:]).returncode == 0
-    assert levels(folder) == levels(
-        direct(tmp_path, "--steps", "900", "--subset", "all", "--rewind", "0")
-    )
-
-
-def heed_ctrl_c() -> None:
-    """What a shell started in the background ignores, its children ignore."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def calls(out: Path) -> list[list[str]]:
+    """[folder, CUDA_VISIBLE_DEVICES] of each stage that the fake Python ran."""
+    return [line.split() for line in (out / "calls").read_text().splitlines()]
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -260,18 +55,165 @@ def wait_for(condition, seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-def direct(tmp_path: Path, *flags: str) -> Path:
-    """The folder of replicate 0 of the same run, uninterrupted."""
-    out = tmp_path / "direct"
-    command = [sys.executable, ROOT / "imp.py", "--levels", "1", "--quiet", "--out", out, *flags]
-    subprocess.run(command, check=True, env=ENV, capture_output=True)
-    return next(out.glob("imp/*/*/rep0"))
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> str:
+    """Fingerprint of the network that LONG's run trains when nothing interrupts it."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    flags = ["--steps=900", "--subset=all", "--rewind=0", "--levels=0", "--quiet", "--out", out]
+    subprocess.run([sys.executable, ROOT / "imp.py", *flags], check=True, env=REAL, cwd=ROOT)
+    return trained(next(out.glob("imp/*/*/rep0")))
 
 
-def levels(folder: Path) -> list[str]:
-    """Fingerprints of mask and final weights of each level."""
-    states = [common.read_tensors(p) for p in sorted(folder.glob("level*.pt"))]
-    return [common.fingerprint(s["mask"], s["weights"], s["batchnorm"]) for s in states]
+def trained(folder: Path) -> str:
+    return runs.fingerprint(runs.read_tensors(folder / "level00.pt")["model"])
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def test_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    files = [SCRIPT, ROOT / "paper/ours/half/grid.sh"]
+    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_names_are_never_code(tmp_path):
+    """A folder name full of shell: a line of --list works in `bash -c` and makes nothing else."""
+    out = "-o $(touch pwned) `touch pwned` 'q\" ;touch pwned; é"
+    path = grid(tmp_path, TINY)
+    flags = ["--grid", path, "--out", out]
+    [line, last] = run("--list", *flags, env=REAL, cwd=tmp_path).stdout.splitlines()
+    assert shlex.split(last)[1:] == [str(ROOT / "figures.py"), f"--out={out}"]
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=REAL, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / out / "imp/digits-resnet8/all-rewind0-steps60/rep0/result.json").exists()
+    again = run(*flags, env=REAL, cwd=tmp_path)
+    assert again.returncode == 0 and "start" not in again.stderr, again.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {out, "grid.sh"}
+    family = ["--grid", grid(tmp_path, FAMILY), "--out", out + "2"]
+    run(*family, cwd=tmp_path)
+    assert {x[0] for x in calls(tmp_path / (out + "2"))} == {GOOD, BAD, CHILD}
+    assert {p.name for p in tmp_path.iterdir()} == {out, out + "2", "grid.sh"}
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for wrong in (
+        ["--only", "fig99"],
+        ["--only", "fig2,fig99"],
+        ["--only", "fig7", "--dataset", "cifar10"],
+        ["--dataset", "nowhere"],
+        ["--dataset", str(tmp_path), "--preset", "mnist"],
+        ["--grid", "nothing.sh"],
+        ["--jobs", "x"],
+        ["--out", "two\nlines"],
+        ["--huh"],
+        ["--out"],
+    ):
+        done = run("--list", *wrong)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), wrong
+
+
+def test_a_folder_of_images_takes_a_grid(tmp_path):
+    lines = run("--list", "--dataset", tmp_path, "--preset", "cifar100", "--only", "fig2").stdout
+    assert lines.count(f"--dataset={tmp_path} --preset=cifar100 ") == 7
+    assert lines.splitlines()[-1].split()[2:] == [
+        "fig2",
+        f"--dataset={tmp_path.name}",
+        "--out=results",
+    ]
+
+
+def test_the_half_size_grid():
+    """paper/ours/half/grid.sh: pruning and children of six starts, three by scores of its own."""
+    lines = run("--list", "--grid", "paper/ours/half/grid.sh").stdout.splitlines()
+    assert ["el2n.py" in x for x in lines] == [True] + 13 * [False]
+    assert sum("imp.py" in x and "--prune-fraction=0.65" in x for x in lines) == 6
+    assert sum("lmc.py" in x and "--replicate=2-3" in x for x in lines) == 6
+    ranked = [x for x in lines if "--subset=easy" in x or "--subset=hard" in x]
+    assert ranked == [x for x in lines if "--scores=" in x] and len(ranked) == 4
+
+
+def test_cost_is_table_1():
+    """Network-steps in closed form from common.PRESETS. CIFAR-10: 54 curves rewind to step 200, 3
+    to 400, 1 to 0; CIFAR-100: 23 to 400; CINIC-10: 10 to 200, 21 to 400."""
+    lines = run("--cost", "--out", "nowhere", env=REAL).stdout.splitlines()
+    cost = {x[0]: x[1:4] for x in map(str.split, lines)}
+    for model, counts in (
+        ("cifar10-resnet20", {200: 54, 400: 3, 0: 1}),
+        ("cifar100-resnet32", {400: 23, 800: 1, 0: 1}),
+        ("cinic10-resnet56", {200: 10, 400: 21, 0: 1, 800: 1}),
+    ):
+        p, n = common.PRESETS[model.split("-")[0]], sum(counts.values())
+        steps = sum(n * 4 * (t + (p.levels + 1) * (p.steps - t)) for t, n in counts.items())
+        assert cost[f"imp/{model}"] == [str(n), str(4 * n), str(steps)]
+    p = common.PRESETS["cifar10"]  # clean, 10 % and 50 % noise, and forgetting
+    assert cost["el2n/cifar10-resnet20"][2] == str(3 * 10 * p.score_step + 4 * p.steps)
+    assert cost["warmup/cifar10-resnet20"] == ["127", "1016", str(1016 * 7840)]
+
+
+# ---- on this machine -----------------------------------------------------------------------------
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path):
+    path, out = grid(tmp_path, FAMILY), tmp_path / "o"
+    done = run("--grid", path, "--out", out, "--jobs", "2", "--gpus", "4,7")
+    assert done.returncode == 1
+    failed, log, waits, needed = done.stdout.splitlines()[-4:]
+    assert failed.startswith("FAILED  ") and "--size=13" in failed
+    assert waits.startswith("WAITS   ") and "--size=30" in waits and needed.endswith(f"for: {BAD}")
+    assert "13 brings bad luck" in Path(log.split("log: ")[1]).read_text()
+    found = dict(calls(out))
+    assert set(found) == {GOOD, BAD, CHILD} and {found[GOOD], found[BAD]} == {"4", "7"}
+    assert "drawn --out=" in done.stdout
+    done = run("--grid", path, "--out", out)
+    assert "2 runs to do, 2 finished before" in done.stderr
+    assert [x[0] for x in calls(out)[3:]] == [BAD], "only what failed runs again"
+
+
+def test_el2n_scores_that_fail_stop_what_ranks_by_them(tmp_path):
+    text = "use digits digits\nel2n ''\nimp fig2 easy 30 20\nimp fig2 random 30 20\n"
+    done = run("--grid", grid(tmp_path, text), "--out", tmp_path / "o")
+    assert done.returncode == 0
+    (tmp_path / "p/el2n/digits").mkdir(parents=True)
+    (tmp_path / "p/el2n/digits/el2n").touch()  # a file where the folder should be
+    done = run("--grid", tmp_path / "grid.sh", "--out", tmp_path / "p", "--jobs", "3")
+    assert done.returncode == 1
+    words = [x.split()[0] for x in done.stdout.splitlines()]
+    assert words == ["drawn", "FAILED", "log:", "WAITS", "for:"]
+    assert done.stderr.count("start") == 2, "the random subset needs no scores"
+
+
+def heed_ctrl_c() -> None:
+    """What a shell started in the background ignores, its children ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_saves_and_goes_on(tmp_path, undisturbed):
+    command = ["bash", SCRIPT, "--grid", grid(tmp_path, LONG), "--out", tmp_path / "o"]
+    folder = tmp_path / "o/imp/digits-resnet8/all-rewind0-steps900/rep0"
+    ours = {"env": REAL, "cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **ours, preexec_fn=heed_ctrl_c) as p:
+        wait_for((folder / "pretrained.pt").exists)
+        time.sleep(1)
+        p.send_signal(signal.SIGINT)
+        _, messages = p.communicate(timeout=60)
+    assert p.returncode == 130 and "goes on from here" in messages
+    runs.lock(folder / ".lock").__enter__()  # nobody holds it: the child has ended
+    assert (folder / "checkpoint.pt").exists() and not (folder / "level00.pt").exists()
+    assert run(*command[2:], env=REAL).returncode == 0
+    assert trained(folder) == undisturbed
+
+
+def test_term_stops_the_children(tmp_path):
+    path = grid(tmp_path, "use digits digits\nimp fig2 random 14 20\n")
+    command = ["bash", SCRIPT, "--grid", path, "--out", tmp_path / "o"]
+    with subprocess.Popen(command, env=FAKE, stderr=subprocess.PIPE) as p:
+        wait_for((tmp_path / "o/calls").exists)
+        p.terminate()
+        p.communicate(timeout=20)  # far sooner than the child would end
+    assert p.returncode == 143
 
 
 # ---- on a real Slurm -----------------------------------------------------------------------------
@@ -279,98 +221,84 @@ def levels(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """A private one-node Slurm with four pretended cores; its environment."""
+    """A private one-node Slurm with four pretended cores; what it adds to an environment."""
     up = Path(os.environ.get("SLURM_UP") or ROOT.parent / "shared/slurm/up.sh")
     if not up.exists():
         pytest.skip(f"no {up} to start a Slurm with (SLURM_UP names it)")
     if os.getuid() or not shutil.which("sbatch") or not shutil.which("munged"):
         pytest.skip("no Slurm here, or not root: apt-get install slurm-wlm munge")
     folder = Path("/tmp") / f"slurm-{os.getpid()}"  # a socket's path must be short
-    done = subprocess.run(
-        [up, folder], env={**os.environ, "SLURM_UP_CPUS": "4"}, capture_output=True
-    )
+    env = {**os.environ, "SLURM_UP_CPUS": "4"}
+    done = subprocess.run([up, folder], env=env, capture_output=True)
     if done.returncode:
         pytest.skip(f"Slurm does not start: {done.stderr.decode().strip()[-200:]}")
-    yield {**ENV, "SLURM_CONF": str(folder / "slurm.conf")}
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
     subprocess.run([up.with_name("down.sh"), folder], capture_output=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def queue(env: dict, what: str = "%i %T") -> list[str]:
-    command = ["squeue", "-h", "-r", "-o", what]
-    return subprocess.run(command, env=env, capture_output=True, text=True).stdout.splitlines()
+def queue(slurm: dict) -> list[str]:
+    command = ["squeue", "-h", "-r", "-o", "%i %T"]
+    done = subprocess.run(command, env=os.environ | slurm, capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
 def test_slurm_failing_parent_and_second_submission(slurm, tmp_path):
-    jobs = [("good", ""), ("bad", ""), ("child", "bad"), ("grandchild", "child"), ("other", "good")]
-    path, out = stub(tmp_path, *jobs), tmp_path / "o u't"
+    path, out = grid(tmp_path, FAMILY), tmp_path / "o u't"
     out.mkdir()
     args = ["--slurm", "--grid", path, "--out", out, "--partition", "main", "--time", "5"]
-    done = run(*args, env=slurm)
+    done = run(*args, env=FAKE | slurm)
     assert done.returncode == 0, done.stderr
-    assert "5 runs submitted" in done.stdout and "2 runs" in done.stdout.splitlines()[0]
+    assert "4 runs submitted" in done.stdout and "2 runs" in done.stdout.splitlines()[0]
     wait_for(lambda: not queue(slurm))
-    called = [x.split()[0] for x in (out / "calls").read_text().splitlines()]
-    assert sorted(called) == ["bad", "good", "other"]  # what needs the failed one was cancelled
-    assert (out / "other/rep0/result.json").exists()
-    again = run(*args, env=slurm)
-    assert "3 runs submitted, 0 queued before, 2 finished" in again.stdout
-    assert "again: bad" in again.stdout
+    assert sorted(x[0] for x in calls(out)) == sorted([GOOD, BAD, CHILD])  # the other cancelled
+    again = run(*args, env=FAKE | slurm).stdout
+    assert "2 runs submitted, 0 queued before, 2 finished" in again and f"again: {BAD}" in again
     wait_for(lambda: not queue(slurm))
-    done = run(
-        "--slurm",
-        "--grid",
-        stub(tmp_path, ("good", ""), ("other", "good")),
-        "--out",
-        out,
-        env=slurm,
-    )
-    assert done.stdout.strip() == "0 runs submitted, 0 queued before, 2 finished" and not queue(
-        slurm
-    )
+    text = FAMILY.replace("random 13", "random 15")
+    done = run("--slurm", "--grid", grid(tmp_path, text), "--out", out, env=FAKE | slurm)
+    assert "2 runs submitted, 0 queued before, 2 finished" in done.stdout
+    wait_for(lambda: not queue(slurm))
+    done = run("--slurm", "--grid", path, "--out", out, env=FAKE | slurm)
+    assert done.stdout.strip() == "0 runs submitted, 0 queued before, 4 finished"
 
 
-def test_slurm_requeue_within_a_level(slurm, tmp_path):
-    """Requeued in the middle of a level, a run ends with the bits of an undisturbed one; submitting
-    again meanwhile does nothing."""
-    path = grid(tmp_path, TINY.replace("60", "900").replace("R=0-1", "R=0") + "imp fig2 all - 0\n")
-    args = ["--slurm", "--grid", path, "--out", tmp_path / "o"]
-    assert "1 runs submitted" in run(*args, env=slurm).stdout
+def start_long_run(slurm: dict, tmp_path: Path) -> tuple[Path, str]:
+    """(folder, job) of LONG's run, in the middle of a level."""
+    args = ["--slurm", "--grid", grid(tmp_path, LONG), "--out", tmp_path / "o"]
+    assert "1 runs submitted" in run(*args, env=REAL | slurm).stdout
     folder = tmp_path / "o/imp/digits-resnet8/all-rewind0-steps900/rep0"
     wait_for((folder / "pretrained.pt").exists)
     time.sleep(1)
     [job] = [x.split()[0] for x in queue(slurm) if "RUNNING" in x]
-    subprocess.run(["scontrol", "requeue", job], env=slurm, check=True)
+    return folder, job
+
+
+def wait_for_requeue(slurm: dict, folder: Path, job: str) -> None:
     wait_for(lambda: any(x.startswith(job) and "PENDING" in x for x in queue(slurm)))
     wait_for((folder / "checkpoint.pt").exists, 20)
     assert not (folder / "level00.pt").exists()
-    assert "0 runs submitted, 1 queued before" in run(*args, env=slurm).stdout
-    plain = levels(direct(tmp_path, "--steps", "900", "--subset", "all", "--rewind", "0"))
+
+
+def test_slurm_requeue_within_a_level(slurm, tmp_path, undisturbed):
+    """Requeued in the middle of a level, a run ends with the bits of an undisturbed one; submitting
+    again meanwhile does nothing."""
+    folder, job = start_long_run(slurm, tmp_path)
+    subprocess.run(["scontrol", "requeue", job], env=os.environ | slurm, check=True)
+    wait_for_requeue(slurm, folder, job)
+    args = ["--slurm", "--grid", tmp_path / "grid.sh", "--out", tmp_path / "o"]
+    assert "0 runs submitted, 1 queued before" in run(*args, env=REAL | slurm).stdout
     wait_for(lambda: not queue(slurm))
     [log] = (tmp_path / "o/slurm").glob(f"{job}.log")
     assert log.read_text().count("# 20") == 2, "one log of both attempts"
-    assert len(plain) == 2 and levels(folder) == plain
+    assert trained(folder) == undisturbed
 
 
 def test_slurm_saves_before_the_time_limit(slurm, tmp_path):
     """The signal before the limit makes a run save itself and queue again (sent here by hand)."""
-    path = grid(tmp_path, TINY.replace("60", "900").replace("R=0-1", "R=0") + "imp fig2 all - 0\n")
-    run("--slurm", "--grid", path, "--out", tmp_path / "o", env=slurm)
-    folder = tmp_path / "o/imp/digits-resnet8/all-rewind0-steps900/rep0"
-    wait_for((folder / "pretrained.pt").exists)
-    time.sleep(1)
-    [job] = [x.split()[0] for x in queue(slurm) if "RUNNING" in x]
-    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=slurm, check=True)
-    wait_for(lambda: any(x.startswith(job) and "PENDING" in x for x in queue(slurm)))
-    wait_for((folder / "checkpoint.pt").exists, 20)
-    subprocess.run(["scancel", "--user", "root"], env=slurm)
+    folder, job = start_long_run(slurm, tmp_path)
+    command = ["scancel", "--batch", "--signal=USR1", job]
+    subprocess.run(command, env=os.environ | slurm, check=True)
+    wait_for_requeue(slurm, folder, job)
+    subprocess.run(["scancel", "--user", "root"], env=os.environ | slurm)
     wait_for(lambda: not queue(slurm))
-
-
-def test_quick_is_the_whole_program():
-    """Every stage and figure on the digits; the run itself is too long for a test."""
-    runs = listed("--quick")
-    assert {s for s, _ in runs} == {"el2n", "imp", "lmc", "pretrain", "warmup"}
-    assert {a.dataset for _, a in runs} == {"digits"}
-    subsets = {a.subset for s, a in runs if s == "imp"}
-    assert subsets == {"all", "easy", "hard", "random"}

@@ -6,15 +6,9 @@
 #   bash run_all.sh --grid paper/ours/half/grid.sh --jobs 2
 
 use half-cifar10 cifar10
-K=10 S=1000 T=4000 L=3 levels=3
-model+=x8 tail=-steps4000-drops2000+3000-batch32-pad2-prelr0.1
 given+=(--width=8 --batch-size=32 --pad=2)
-
-el2n() { # FIGURES: scores at step 1,000
-    made=el2n/$model/el2n-batch32-pad2-step1000
-    job "$made" '' "$1" '' $((K * S)) 0 el2n.py "${given[@]}" --score-step=1000
-    flags+=("--scores=$out/$made/scores.npy")
-}
+el2n fig2 --score-step=1000
+scores=$made
 
 all_six() { # STAGE FIGURE
     "$1" "$2" all 0 0
@@ -26,7 +20,7 @@ all_six() { # STAGE FIGURE
 }
 
 training=(--steps=4000 "--milestones=2000,3000" --pretrain-lr=0.1)
-extra=("${training[@]}" --prune-fraction=0.65) R=2-4 # 0 and 1 were the pilot's
+extra=("${training[@]}" --prune-fraction=0.65) levels=3 R=2-4 # 0 and 1 were the pilot's
 all_six imp fig2
 extra=("${training[@]}") R=2-3
 all_six lmc fig5
