@@ -1,15 +1,14 @@
-"""The four operations of `common.py`, compiled: `load()` gives `torch.ops.datadiet`, or None.
+"""Fused operations: `load(definitions)` gives a namespace of them, or None without a compiler.
 
 The first use builds ops.cpp (schemas, CPU) and, where there is a card and an nvcc, ops.cu for it;
-later uses find the library in TORCH_EXTENSIONS_DIR or ~/.cache/datadiet. Tensors on a device
-without a compiled form take the PyTorch definitions through the same operations.
+later uses find the library in TORCH_EXTENSIONS_DIR or ~/.cache/datadiet. The definitions, plain
+PyTorch, give `torch.compile` the shapes, and serve tensors on a device without a compiled form.
 """
 
-import atexit
 import contextlib
 import fcntl
 import hashlib
-import importlib
+import json
 import os
 import platform
 import re
@@ -19,18 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("math.h", "ops.cpp", "ops.cu")
-OPS = ("masked_sgd_", "example_losses", "loss_barrier", "augment")
 # no contraction and no fast-math: one arithmetic on every processor, see math.h
-CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
+NVCC_FLAGS = ["-O3", "-fmad=false", "-Xptxas=-v"]
+# In a process of its own: ours keeps its environment and prints nothing of torch's or ninja's.
+BUILD = """
+import json, sys
+from torch.utils.cpp_extension import load
+load(**json.loads(sys.argv[1]), is_python_module=False, verbose=True)
+"""
 
 
 class BuildError(Exception):
@@ -40,34 +44,34 @@ class BuildError(Exception):
 # ---- load ----------------------------------------------------------------------------------------
 
 
-_loaded: list[Any] = []  # what load() found; a list, since torch.compile traces through load()
+_loaded: list[SimpleNamespace | None] = []  # a list, since torch.compile traces through load()
 
 
-def load() -> Any:
-    """`torch.ops.datadiet`, built if need be, or None where there is no C++ compiler.
+def load(definitions: dict[str, Callable]) -> SimpleNamespace | None:
+    """The operations under the names of their definitions, built if need be; None without a
+    compiler. A name that is not compiled here keeps its definition.
 
     The first call says on stderr, in one line, what was built and what is missing; it says nothing
     where all is in place. It is not for inside `torch.compile`, the later ones are.
     """
     if not _loaded:
-        _loaded.append(torch.ops.datadiet if load_library() else None)
+        _loaded.append(register(definitions) if load_library() else None)
     return _loaded[0]
 
 
 def load_library() -> bool:
-    """Registers the operations, with the CUDA part, else without; False if neither can be built."""
+    """Loads the operations, with the CUDA part, else without; False if neither can be built."""
     notes, done = [], False
     archs = card_archs()
     for wanted in dict.fromkeys([archs, ()]):
         try:
-            library, note = build(wanted)
+            library, note = find(wanted) or build(wanted)
             torch.ops.load_library(library)
         except (BuildError, OSError) as error:
             users = "CUDA tensors" if wanted else "all tensors"
             notes.append(f"{str(error).splitlines()[0]}, {users} use the PyTorch definitions")
             continue
         notes += [note] if note else []
-        register()
         done = True
         break
     if notes:
@@ -83,118 +87,99 @@ def card_archs() -> tuple[int, ...]:
     return tuple(sorted({a * 10 + b for a, b in map(torch.cuda.get_device_capability, cards)}))
 
 
-def register() -> None:
-    """Shapes for `torch.compile`, and the definitions for devices that have no kernel here.
+def register(definitions: dict[str, Callable]) -> SimpleNamespace:
+    """Gives every operation its definition, for shapes and for devices that have no kernel here.
 
     The results carry no gradient, rather than a silently wrong one; the definitions do.
     """
-
-    @torch.library.register_fake("datadiet::masked_sgd_")
-    def _(weights, momentum, gradient, mask, lr, mu, weight_decay, low=None) -> None:
-        return None
-
-    @torch.library.register_fake("datadiet::example_losses")
-    def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss = logits.new_empty(logits.shape[0], dtype=result_type(logits))
-        return loss, torch.empty_like(loss), torch.empty_like(loss)
-
-    @torch.library.register_fake("datadiet::loss_barrier")
-    def _(middle, first, second, labels, alphas) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss = first.new_empty((alphas.shape[0], first.shape[0]), dtype=result_type(first))
-        top = first.new_empty(first.shape[0], dtype=result_type(first))
-        return loss, torch.empty_like(loss), top, torch.empty_like(top)
-
-    @torch.library.register_fake("datadiet::augment")
-    def _(images, indices, key, step, scale, shift, pad, flip, dtype=torch.float32) -> Tensor:
-        _, height, width, channels = images.shape
-        shape = (indices.shape[0], channels, height, width)
-        device = images.device
-        return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-
-    def definition(name: str):
-        return lambda *args, **kw: getattr(importlib.import_module("common"), name).definition(
-            *args, **kw
-        )
-
     global _library  # the registrations live as long as this object
     _library = torch.library.Library("datadiet", "IMPL")
-    for name in OPS:
-        _library.impl(name, definition(name), "CompositeExplicitAutograd")
+    compiled = [name for name in definitions if hasattr(torch.ops.datadiet, name)]
+    for name in compiled:
+        torch.library.register_fake(f"datadiet::{name}", definitions[name], lib=_library)
+        _library.impl(name, definitions[name], "CompositeExplicitAutograd")
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-
-
-def result_type(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    ops = {name: getattr(torch.ops.datadiet, name) for name in compiled}
+    return SimpleNamespace(**{**definitions, **ops})
 
 
 # ---- build ---------------------------------------------------------------------------------------
 
 
-def build(archs: tuple[int, ...]) -> tuple[Path, str]:
-    """The library for this CPU and the given compute capabilities, and a note if it was built now.
+def find(archs: tuple[int, ...]) -> tuple[Path, str] | None:
+    """A library in the cache for this CPU, else a portable one, with code for all of `archs`."""
+    for portable in (False, True):
+        built = cache_folder().glob(f"datadiet-{fingerprint(portable)}*.so")
+        for library in sorted(built, key=lambda path: len(path.name)):
+            if set(map(str, archs)) <= set(library.stem.split("-")[2:]) and trusted(library):
+                return library, ""
+    return None
 
-    Beside it lies ptxas' report (.log). Two processes may build at once: each into a folder of its
-    own, then one atomic rename; the lock only spares the second the work.
+
+def build(archs: tuple[int, ...], portable: bool = False) -> tuple[Path, str]:
+    """The library for this CPU, or for any like it, and the given compute capabilities, and a note
+    if it was built now. Beside it lies ptxas' report (.log).
+
+    It is built in a folder of its own, then renamed into place: of a build that was killed nothing
+    is taken. The lock, which the system takes back with the process, only spares a second process
+    the work.
     """
-    folder, private = cache_folder()
-    library = folder / f"datadiet-{fingerprint(archs)}.so"
-    if trusted(library):
-        return library, ""
+    folder = cache_folder()
+    name = "-".join(["datadiet", fingerprint(portable), *map(str, archs)])
+    library = folder / f"{name}.so"
     start = time.perf_counter()
     with open(folder / "lock", "w") as lock:
         with contextlib.suppress(OSError):  # some network disks have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if trusted(library):
             return library, ""
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compile_into(Path(scratch), archs)
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+            report = compile_into(scratch, archs, portable)
+            Path(scratch, "ops.log").write_text(report)
             Path(scratch, "ops.so").chmod(0o755)  # whatever the umask: see trusted()
             os.replace(Path(scratch, "ops.log"), library.with_suffix(".log"))
             os.replace(Path(scratch, "ops.so"), library)
     seconds = time.perf_counter() - start
-    devices = ", ".join(["the CPU", *(f"sm_{a}" for a in archs)])
-    return library, f"built for {devices} in {seconds:.0f} s, kept in {private or folder}"
+    devices = ", ".join(["any CPU" if portable else "the CPU", *(f"sm_{a}" for a in archs)])
+    return library, f"built for {devices} in {seconds:.0f} s, kept in {folder}"
 
 
-def compile_into(scratch: Path, archs: tuple[int, ...]) -> None:
-    """Writes ops.so and ops.log; raises BuildError with the compiler's first complaint."""
-    cxx = os.environ.get("CXX") or "g++"
-    cxx = shutil.which(cxx) or shutil.which("c++") or shutil.which("clang++")
+def compile_into(scratch: str, archs: tuple[int, ...], portable: bool) -> str:
+    """Writes ops.so; returns the compilers' report, or raises BuildError with their complaint."""
+    named = os.environ.get("CXX")
+    cxx = next(filter(shutil.which, [named] if named else ["g++", "c++", "clang++"]), None)
     if not cxx:
         raise BuildError("no C++ compiler (install g++ or set CXX)")
-    lib = Path(torch.__file__).parent / "lib"
-    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
-    jobs = [[cxx, *CXX_FLAGS, *include, "-c", str(HERE / "ops.cpp"), "-o", "cpu.o"]]
-    link = [cxx, "-shared", "cpu.o", "-o", "ops.so", f"-L{lib}", "-ltorch_cpu", "-lc10"]
+    # pip's ninja lies beside this Python; CC would become nvcc's host compiler
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    environment = {**os.environ, "CXX": cxx, "PATH": path, "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    environment.pop("CC", None)
+    if not shutil.which("ninja", path=path):
+        raise BuildError("no ninja (pip install ninja)")
+    job = {
+        "name": "ops",
+        "sources": [str(HERE / "ops.cpp")],
+        "extra_cflags": CXX_FLAGS + ([] if portable else ["-march=native"]),
+        "build_directory": scratch,
+    }
     if archs:
-        home = cuda_home()
-        jobs[0].insert(1, "-DDATADIET_CUDA")
+        environment["CUDA_HOME"] = str(cuda_home())
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        nvcc = [str(home / "bin/nvcc"), *NVCC_FLAGS, *targets, "-ccbin", cxx]
-        jobs.append([*nvcc, "-c", str(HERE / "ops.cu"), "-o", "cuda.o"])
-        link += ["cuda.o", *(["-ltorch_cuda"] if torch.version.cuda else [])]
-        link += [f"-L{p}" for p in (home / "lib64", home / "lib") if p.is_dir()] + ["-lcudart"]
-    pipes = {"cwd": scratch, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    reports = []
-    running = [subprocess.Popen(job, **pipes) for job in jobs]
-    for job, process in zip(jobs, running, strict=True):
-        report = process.communicate()[0]
-        if process.returncode and "-march=native" in job:  # not every compiler knows it
-            plain = [flag for flag in job if flag != "-march=native"]
-            process = subprocess.run(plain, **pipes)
-            report = process.stdout
-        if process.returncode:
-            raise BuildError(complaint(job, report))
-        reports.append(report)
-    done = subprocess.run(link, **pipes)
+        job["sources"].append(str(HERE / "ops.cu"))
+        job["extra_cflags"] = [*job["extra_cflags"], "-DUSE_CUDA"]
+        job["extra_cuda_cflags"] = [*NVCC_FLAGS, *targets, f"-ccbin={cxx}"]
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, json.dumps(job)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
-        raise BuildError(complaint(link, done.stdout))
-    Path(scratch, "ops.log").write_text(reports[-1] if archs else "")
-
-
-def complaint(job: list[str], report: str) -> str:
-    lines = [line for line in report.splitlines() if "error" in line.lower()] or [report.strip()]
-    return f"{Path(job[0]).name} failed: {lines[0]}"
+        lines = done.stdout.splitlines()
+        lines = [x for x in lines if re.search(r"\berror:", x, re.I)] or lines[-1:] or ["no reason"]
+        raise BuildError(f"the build failed: {lines[0].strip()}")
+    return done.stdout
 
 
 def cuda_home() -> Path:
@@ -204,11 +189,11 @@ def cuda_home() -> Path:
     found = [Path(nvcc).resolve().parent.parent] if nvcc else []
     for home in [Path(named)] if named else [*found, Path("/usr/local/cuda")]:
         if (home / "bin/nvcc").exists() and list(home.glob("lib*/libcudart.so*")):
-            break
+            break  # else the nvcc on the PATH is a script that calls another
     else:
         raise BuildError(f"no nvcc in CUDA_HOME={named}" if named else "no nvcc (set CUDA_HOME)")
     text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"release (\d+)\.(\d+)", text)
+    version = re.search(r"release (\d+)\.", text)
     if torch.version.cuda and version and version[1] != torch.version.cuda.split(".")[0]:
         raise BuildError(f"nvcc in {home} is CUDA {version[1]}, torch's is {torch.version.cuda}")
     return home
@@ -217,18 +202,16 @@ def cuda_home() -> Path:
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-def cache_folder() -> tuple[Path, str]:
-    """A folder that only this user can write to, and a word about it if it is for once only."""
+def cache_folder() -> Path:
+    """A folder that only this user can write to."""
     root = os.path.expanduser(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache")
     folder = Path(root) / "datadiet"
     with contextlib.suppress(OSError):
         if not root.startswith("~"):  # a user without a home
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if trusted(folder) and os.access(folder, os.W_OK):
-        return folder, ""
-    scratch = tempfile.mkdtemp(prefix="datadiet-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return Path(scratch), f"a private folder for this run ({folder} is not this user's alone)"
+        return folder
+    raise BuildError(f"{folder} is not this user's alone (set TORCH_EXTENSIONS_DIR)")
 
 
 def trusted(path: Path) -> bool:
@@ -244,12 +227,13 @@ def trusted(path: Path) -> bool:
     )
 
 
-def fingerprint(archs: tuple[int, ...]) -> str:
+def fingerprint(portable: bool) -> str:
     """Of all that the library depends on; the CPU too, as home directories are shared by hosts."""
-    text = [*CXX_FLAGS, *NVCC_FLAGS, torch.__version__, str(archs), platform.machine()]
-    with contextlib.suppress(OSError):
-        cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        text += [line for line in cpu if line.startswith(("model name", "flags", "Features"))]
+    text = [*CXX_FLAGS, *NVCC_FLAGS, torch.__version__, platform.machine(), str(portable)]
+    if not portable:
+        with contextlib.suppress(OSError):
+            cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+            text += [line for line in cpu if line.startswith(("model name", "flags", "Features"))]
     digest = hashlib.sha256("\n".join(text).encode())
     for source in SOURCES:
         digest.update((HERE / source).read_bytes())

@@ -2,6 +2,7 @@
 
     python -m csrc                  for this machine
     python -m csrc --arch 80 90     the CUDA part too, for cards that need not be here (CI)
+    python -m csrc --portable       for any CPU of this kind, where nodes share a home directory
 
 Fails if there is no build, or if a kernel spills registers.
 """
@@ -44,9 +45,9 @@ def demangle(report: str) -> str:
     )
 
 
-def main(archs: tuple[int, ...]) -> int:
+def main(archs: tuple[int, ...], portable: bool) -> int:
     try:
-        library, note = build(archs)
+        library, note = build(archs, portable)
     except BuildError as error:
         print(f"csrc: {error}", file=sys.stderr)
         return 1
@@ -65,5 +66,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", type=int, nargs="+", help="compute capabilities, 80 for an A100")
+    parser.add_argument("--portable", action="store_true", help="without -march=native")
     args = parser.parse_args()
-    sys.exit(main(tuple(args.arch) if args.arch else card_archs()))
+    sys.exit(main(tuple(args.arch) if args.arch else card_archs(), args.portable))

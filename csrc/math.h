@@ -21,9 +21,6 @@ namespace datadiet {
 struct bf16 {
   uint16_t bits;
 };
-struct f16 {
-  uint16_t bits;
-};
 
 template <class To, class From>
 HD To bit_cast(From x) {
@@ -33,16 +30,8 @@ HD To bit_cast(From x) {
   return y;
 }
 
-HD double value(double x) { return x; }
 HD float value(float x) { return x; }
 HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-HD float value(f16 x) {  // exact, subnormals too: the exponent is re-biased by a multiplication
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const float finite = bit_cast<float>(magnitude) * 0x1p112f;
-  const bool is_finite = magnitude < 0x0f800000u;
-  const uint32_t bits = is_finite ? bit_cast<uint32_t>(finite) : magnitude | 0x7f800000u;
-  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
-}
 
 HD void put(float& to, float x) { to = x; }
 HD void put(bf16& to, float x) {  // to nearest, ties to even; every NaN becomes the quiet one
@@ -84,12 +73,10 @@ HD float exp_nonpositive(float x) {
   return x < -87.3f ? 0.0f : p * power;
 #endif
 }
-HD double exp_nonpositive(double x) { return std::exp(x); }
 
 // First pass over a row: its maximum, and whether another class beats the label's logit `own` (the
 // first of equals wins, as in argmax; any comparison with a NaN counts as beaten).
-template <class T>
-HD void see_logit(T x, T own, bool before_label, T& top, int& error) {
+HD void see_logit(float x, float own, bool before_label, float& top, int& error) {
   top = x > top ? x : top;
   error |= int(!(x <= own)) | (int(before_label) & int(x == own));
 }
@@ -99,107 +86,63 @@ HD void see_logit(T x, T own, bool before_label, T& top, int& error) {
 // rounding against a large sum.
 constexpr int GROUP = 8;
 
-template <class T>
-HD void add_logit(T x, T top, bool is_label, T& others, T& squares) {
-  const T e = is_label ? T(0) : exp_nonpositive(x - top);
+HD void add_logit(float x, float top, bool is_label, float& others, float& squares) {
+  const float e = is_label ? 0.0f : exp_nonpositive(x - top);
   others += e;
   squares += e * e;
 }
 
 // -log p[label] and ||p - onehot||: with z the sum of all e^(x - top), p[label] = e_label / z,
 // 1 - p[label] = others / z and the other p are e / z.
-template <class T>
-HD void finish_row(T top, T own, T others, T squares, T& loss, T& norm) {
-  using std::log1p, std::sqrt;  // in the precision of T
-  const T below = top - own;
-  const T e_label = exp_nonpositive(own - top);
-  loss = below + log1p(others + (e_label - T(1)));
+HD void finish_row(float top, float own, float others, float squares, float& loss, float& norm) {
+  using std::log1p, std::sqrt;  // in float32
+  const float below = top - own;
+  const float e_label = exp_nonpositive(own - top);
+  loss = below + log1p(others + (e_label - 1.0f));
   norm = sqrt(squares + others * others) / (others + e_label);
 }
 
-template <class T>
-HD T barrier(T middle, T first, T second, T alpha) {
-  return middle - ((T(1) - alpha) * first + alpha * second);
+HD float barrier(float middle, float first, float second, float alpha) {
+  return middle - ((1.0f - alpha) * first + alpha * second);
 }
 
-template <class T>
-HD T supremum(T a, T b) {  // a NaN wins, as in amax
-  return b > a || b != b ? b : a;
-}
-
-// ---- Philox 4x32-10 (Salmon et al. 2011), and the crop it draws ---------------------------------
-
-struct Words {
-  uint32_t w[4];
-};
-
-HD Words philox(uint32_t k0, uint32_t k1, Words c) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c.w[0]) * 0xD2511F53u, p1 = uint64_t(c.w[2]) * 0xCD9E8D57u;
-    c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ k1,
-          uint32_t(p0)}};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return c;
-}
-
-struct Crop {
-  int64_t up, left;  // the crop's corner in the image, from -pad to pad
-  bool mirrored;
-};
-
-HD Crop draw_crop(const int64_t* key, int64_t step, int64_t slot, int64_t pad, bool flip) {
-  const Words random =
-      philox(uint32_t(key[0]), uint32_t(key[1]), {{uint32_t(slot), uint32_t(step), 0u, 0u}});
-  const uint64_t places = uint64_t(2 * pad + 1);
-  return {int64_t(random.w[0] * places >> 32) - pad, int64_t(random.w[1] * places >> 32) - pad,
-          flip && (random.w[2] & 1u)};
-}
+// ---- augmentation -------------------------------------------------------------------------------
 
 HD float normalise(uint8_t pixel, float scale, float shift) { return float(pixel) * scale + shift; }
 
 // ---- what ops.cpp hands to the loops of a device ------------------------------------------------
 
-enum class Type { f32, f64, f16, bf16 };
-
 struct Sgd {
-  float *weights, *momentum;  // (rows, columns), as gradient and low
-  void* gradient;
-  Type gradient_type;
-  const uint8_t* mask;  // (rows, prunable)
-  const float* lr;
-  bool lr_per_row;
+  float *weights, *momentum, *gradient;  // (rows, columns), as low
+  const uint8_t* mask;                   // (rows, prunable)
+  const float* lr;                       // (1,)
   float mu, weight_decay;
   bf16* low;  // or null
   int64_t rows, columns, prunable;
 };
 
 struct Losses {
-  const void* logits;  // (n, classes)
-  Type type;
+  const float* logits;  // (n, classes)
   const int64_t* labels;
-  void *loss, *error, *norm;  // (n,)
+  float *loss, *error, *norm;  // (n,)
   int64_t n, classes;
 };
 
 struct Barrier {
-  const void *middle, *first, *second;  // (alphas, n, classes), (n, classes) twice
-  Type type;
+  const float *middle, *first, *second;  // (n, classes)
   const int64_t* labels;
-  const float* alpha;
-  void *loss, *error, *top_loss, *top_error;  // (alphas, n) twice, (n,) twice
-  int64_t alphas, n, classes;
+  float alpha;
+  float *loss, *error;  // (n,)
+  int64_t n, classes;
 };
 
 struct Augment {
-  const uint8_t* images;  // (count, height, width, channels)
-  const int64_t *indices, *key, *step;
-  const float *scale, *shift;
-  void* out;  // (batch, height, width, channels)
-  Type type;
-  int64_t count, batch, height, width, channels, pad;
-  bool flip;
+  const uint8_t* images;          // (count, height, width, channels)
+  const int64_t *indices, *crops;  // (batch,) and (batch, 3) of up, left, mirrored
+  const float *scale, *shift;     // (channels,)
+  void* out;                      // (batch, height, width, channels), float or bf16
+  bool half;
+  int64_t count, batch, height, width, channels;
 };
 
 // Each returns null, or why the launch failed.

@@ -4,9 +4,6 @@
 // headers take most of a minute. No result depends on the number of threads, on the memory's
 // alignment, or on which rows lie beside.
 #define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#ifdef DATADIET_CUDA
-#define USE_CUDA
-#endif
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -90,13 +87,6 @@ void check_range(const char* argument, const int64_t* x, int64_t n, int64_t limi
                                std::to_string(i));
 }
 
-Type type_of(ScalarType t) {
-  return t == ScalarType::Double     ? Type::f64
-         : t == ScalarType::Half     ? Type::f16
-         : t == ScalarType::BFloat16 ? Type::bf16
-                                     : Type::f32;
-}
-
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
@@ -109,60 +99,54 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 
 // ---- loops for the CPU --------------------------------------------------------------------------
 
-template <bool MASKED, bool LOW, class G>
-void sgd_span(float* __restrict w, float* __restrict m, G* __restrict g,
+template <bool MASKED, bool LOW>
+void sgd_span(float* __restrict w, float* __restrict m, float* __restrict g,
               const uint8_t* __restrict mask, bf16* __restrict low, int64_t n, float lr, float mu,
               float weight_decay) {
   for (int64_t i = 0; i < n; ++i) {
     float weight = w[i], velocity = m[i];
-    sgd(weight, velocity, value(g[i]), MASKED ? mask[i] != 0 : true, lr, mu, weight_decay);
+    sgd(weight, velocity, g[i], MASKED ? mask[i] != 0 : true, lr, mu, weight_decay);
     w[i] = weight;
     m[i] = velocity;
-    g[i] = G{};
+    g[i] = 0;
     if constexpr (LOW) put(low[i], weight);
   }
 }
 
-template <bool LOW, class G>
+template <bool LOW>
 void sgd_loop(const Sgd& a) {
   parallel_for(a.rows * a.columns, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end;) {
       const int64_t row = at / a.columns, i = at % a.columns;
       const bool masked = i < a.prunable;
       const int64_t n = std::min((masked ? a.prunable : a.columns) - i, end - at);
-      (masked ? sgd_span<true, LOW, G> : sgd_span<false, LOW, G>)(
-          a.weights + at, a.momentum + at, static_cast<G*>(a.gradient) + at,
-          a.mask + row * a.prunable + i, a.low + (LOW ? at : 0), n,
-          a.lr[a.lr_per_row ? row : 0], a.mu, a.weight_decay);
+      (masked ? sgd_span<true, LOW> : sgd_span<false, LOW>)(
+          a.weights + at, a.momentum + at, a.gradient + at, a.mask + row * a.prunable + i,
+          a.low + (LOW ? at : 0), n, a.lr[0], a.mu, a.weight_decay);
       at += n;
     }
   });
 }
 
-void run(const Sgd& a) {
-  const bool half = a.gradient_type == Type::bf16;
-  (a.low ? half ? sgd_loop<true, bf16> : sgd_loop<true, float>
-         : half ? sgd_loop<false, bf16> : sgd_loop<false, float>)(a);
-}
+void run(const Sgd& a) { (a.low ? sgd_loop<true> : sgd_loop<false>)(a); }
 
 constexpr int ROWS = 32;  // rows side by side, one a vector lane: a row's sums are its own
 constexpr int CHUNK = 128;  // classes in the tile at a time
 
 // Kept from the vectoriser, which would scatter.
-template <class X, class T>
-__attribute__((noinline, optimize("no-tree-vectorize"))) void transpose(const X* x, int64_t pitch,
-                                                                       int n, int width,
-                                                                       T (*tile)[ROWS]) {
+__attribute__((noinline, optimize("no-tree-vectorize"))) void transpose(const float* x,
+                                                                       int64_t pitch, int n,
+                                                                       int width,
+                                                                       float (*tile)[ROWS]) {
   for (int r = 0; r < ROWS; ++r) {
-    const X* row = x + std::min(r, n - 1) * pitch;  // lanes past the end repeat the last row
-    for (int c = 0; c < width; ++c) tile[c][r] = value(row[c]);
+    const float* row = x + std::min(r, n - 1) * pitch;  // lanes past the end repeat the last row
+    for (int c = 0; c < width; ++c) tile[c][r] = row[c];
   }
 }
 
-template <class X, class T>
-void losses_of_rows(const X* x, const int64_t* labels, int64_t classes, int n, T* loss, T* error,
-                    T* norm) {
-  T tile[CHUNK][ROWS], top[ROWS], own[ROWS], others[ROWS] = {}, squares[ROWS] = {};
+void losses_of_rows(const float* x, const int64_t* labels, int64_t classes, int n, float* loss,
+                    float* error, float* norm) {
+  float tile[CHUNK][ROWS], top[ROWS], own[ROWS], others[ROWS] = {}, squares[ROWS] = {};
   int32_t label[ROWS], wrong[ROWS] = {};
   const auto load = [&](int64_t from) {
     const int width = int(std::min<int64_t>(CHUNK, classes - from));
@@ -172,7 +156,7 @@ void losses_of_rows(const X* x, const int64_t* labels, int64_t classes, int n, T
   for (int r = 0; r < ROWS; ++r) {
     const int row = std::min(r, n - 1);
     label[r] = int32_t(labels[row]);
-    own[r] = value(x[row * classes + label[r]]);
+    own[r] = x[row * classes + label[r]];
     top[r] = -INFINITY;
   }
   for (int64_t from = 0; from < classes; from += CHUNK) {
@@ -183,9 +167,9 @@ void losses_of_rows(const X* x, const int64_t* labels, int64_t classes, int n, T
   }
   for (int64_t from = 0; from < classes; from += CHUNK) {
     const int width = classes > CHUNK ? load(from) : int(classes);
-    T part[ROWS] = {}, part_squares[ROWS] = {};
+    float part[ROWS] = {}, part_squares[ROWS] = {};
     for (int group = 0; group < width; group += GROUP) {
-      T sum[ROWS] = {}, sum_squares[ROWS] = {};
+      float sum[ROWS] = {}, sum_squares[ROWS] = {};
       for (int c = group; c < std::min(group + GROUP, width); ++c)
         for (int r = 0; r < ROWS; ++r)
           add_logit(tile[c][r], top[r], int32_t(from + c) == label[r], sum[r], sum_squares[r]);
@@ -195,64 +179,38 @@ void losses_of_rows(const X* x, const int64_t* labels, int64_t classes, int n, T
   }
   for (int r = 0; r < n; ++r) {
     finish_row(top[r], own[r], others[r], squares[r], loss[r], norm[r]);
-    error[r] = T(wrong[r]);
+    error[r] = float(wrong[r]);
   }
 }
 
-template <class X>
-void losses_loop(const Losses& a) {
-  using T = decltype(value(X{}));
-  const int64_t blocks = (a.n + ROWS - 1) / ROWS;
-  parallel_for(blocks, 4096 / (ROWS * a.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin * ROWS; at < std::min(end * ROWS, a.n); at += ROWS)
-      losses_of_rows(static_cast<const X*>(a.logits) + at * a.classes, a.labels + at, a.classes,
-                     int(std::min<int64_t>(ROWS, a.n - at)), static_cast<T*>(a.loss) + at,
-                     static_cast<T*>(a.error) + at, static_cast<T*>(a.norm) + at);
-  });
-}
-
-template <class X>
-void barrier_loop(const Barrier& a) {
-  using T = decltype(value(X{}));
-  const int64_t blocks = (a.n + ROWS - 1) / ROWS;
-  T *const loss = static_cast<T*>(a.loss), *const error = static_cast<T*>(a.error);
-  T *const top_loss = static_cast<T*>(a.top_loss), *const top_error = static_cast<T*>(a.top_error);
-  parallel_for(blocks, 4096 / (ROWS * a.classes), [&](int64_t begin, int64_t end) {
-    T l[3][ROWS], e[3][ROWS], norm[ROWS];  // both ends, and the network between
-    for (int64_t at = begin * ROWS; at < std::min(end * ROWS, a.n); at += ROWS) {
-      const int n = int(std::min<int64_t>(ROWS, a.n - at));
-      const auto fill = [&](const void* logits, int64_t row, int i) {
-        losses_of_rows(static_cast<const X*>(logits) + row * a.classes, a.labels + at, a.classes, n,
-                       l[i], e[i], norm);
-      };
-      fill(a.first, at, 0);
-      fill(a.second, at, 1);
-      for (int64_t k = 0; k < a.alphas; ++k) {
-        fill(a.middle, k * a.n + at, 2);
-        for (int r = 0; r < n; ++r) {
-          const int64_t to = k * a.n + at + r;
-          loss[to] = barrier(l[2][r], l[0][r], l[1][r], T(a.alpha[k]));
-          error[to] = barrier(e[2][r], e[0][r], e[1][r], T(a.alpha[k]));
-          top_loss[at + r] = k ? supremum(top_loss[at + r], loss[to]) : loss[to];
-          top_error[at + r] = k ? supremum(top_error[at + r], error[to]) : error[to];
-        }
-      }
-    }
+// `body` gets the first row and the number of rows of each tile.
+template <class Body>
+void parallel_tiles(int64_t n, int64_t classes, const Body& body) {
+  parallel_for((n + ROWS - 1) / ROWS, 4096 / (ROWS * classes), [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * ROWS; at < std::min(end * ROWS, n); at += ROWS)
+      body(at, int(std::min<int64_t>(ROWS, n - at)));
   });
 }
 
 void run(const Losses& a) {
-  (a.type == Type::f64   ? losses_loop<double>
-   : a.type == Type::f16 ? losses_loop<f16>
-   : a.type == Type::bf16 ? losses_loop<bf16>
-                         : losses_loop<float>)(a);
+  parallel_tiles(a.n, a.classes, [&](int64_t at, int n) {
+    losses_of_rows(a.logits + at * a.classes, a.labels + at, a.classes, n, a.loss + at,
+                   a.error + at, a.norm + at);
+  });
 }
 
 void run(const Barrier& a) {
-  (a.type == Type::f64   ? barrier_loop<double>
-   : a.type == Type::f16 ? barrier_loop<f16>
-   : a.type == Type::bf16 ? barrier_loop<bf16>
-                         : barrier_loop<float>)(a);
+  parallel_tiles(a.n, a.classes, [&](int64_t at, int n) {
+    float loss[3][ROWS], error[3][ROWS], norm[ROWS];
+    const float* const logits[] = {a.first, a.second, a.middle};
+    for (int i = 0; i < 3; ++i)
+      losses_of_rows(logits[i] + at * a.classes, a.labels + at, a.classes, n, loss[i], error[i],
+                     norm);
+    for (int r = 0; r < n; ++r) {
+      a.loss[at + r] = barrier(loss[2][r], loss[0][r], loss[1][r], a.alpha);
+      a.error[at + r] = barrier(error[2][r], error[0][r], error[1][r], a.alpha);
+    }
+  });
 }
 
 template <class Out>
@@ -266,14 +224,15 @@ void augment_loop(const Augment& a) {
   parallel_for(a.batch, (1 << 14) / std::max<int64_t>(image, 1), [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> pixels(line);
     for (int64_t b = begin; b < end; ++b) {
-      const Crop crop = draw_crop(a.key, a.step[0], b, a.pad, a.flip);
+      const int64_t up = a.crops[3 * b], left = a.crops[3 * b + 1];
+      const bool mirrored = a.crops[3 * b + 2] > 0;
       for (int64_t y = 0; y < a.height; ++y) {
-        const int64_t from_y = y + crop.up;
+        const int64_t from_y = y + up;
         std::fill(pixels.begin(), pixels.end(), uint8_t(0));
         if (from_y >= 0 && from_y < a.height) {
           const uint8_t* from = a.images + a.indices[b] * image + from_y * line;
           for (int64_t x = 0; x < a.width; ++x) {
-            const int64_t from_x = (crop.mirrored ? a.width - 1 - x : x) + crop.left;
+            const int64_t from_x = (mirrored ? a.width - 1 - x : x) + left;
             if (from_x >= 0 && from_x < a.width)
               for (int64_t c = 0; c < a.channels; ++c)
                 pixels[x * a.channels + c] = from[from_x * a.channels + c];
@@ -286,15 +245,13 @@ void augment_loop(const Augment& a) {
   });
 }
 
-void run(const Augment& a) {
-  (a.type == Type::bf16 ? augment_loop<bf16> : augment_loop<float>)(a);
-}
+void run(const Augment& a) { (a.half ? augment_loop<bf16> : augment_loop<float>)(a); }
 
 // ---- the operations -----------------------------------------------------------------------------
 
 template <class Arguments>
 void dispatch(const Arguments& a, [[maybe_unused]] const Tensor& beside) {
-#ifdef DATADIET_CUDA
+#ifdef USE_CUDA
   if (beside.is_cuda()) {
     const auto device = beside.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
@@ -308,29 +265,27 @@ void dispatch(const Arguments& a, [[maybe_unused]] const Tensor& beside) {
   run(a);
 }
 
-constexpr auto F32 = ScalarType::Float, F64 = ScalarType::Double, F16 = ScalarType::Half,
-               BF16 = ScalarType::BFloat16, I64 = ScalarType::Long;
+constexpr auto F32 = ScalarType::Float, BF16 = ScalarType::BFloat16, I64 = ScalarType::Long;
 
 void masked_sgd_(Tensor weights, Tensor momentum, Tensor gradient, Tensor mask, Tensor lr,
                  double mu, double weight_decay, std::optional<Tensor> low) {
   expect("weights", weights, {F32}, {-1, -1}, weights);
   const int64_t rows = weights.size(0), columns = weights.size(1);
   expect("momentum", momentum, {F32}, {rows, columns}, weights);
-  expect("gradient", gradient, {F32, BF16}, {rows, columns}, weights);
+  expect("gradient", gradient, {F32}, {rows, columns}, weights);
   expect("mask", mask, {ScalarType::Bool}, {rows, -1}, weights);
   expect("mask", mask.size(1) <= columns, "no wider than weights", mask.size(1));
-  expect("lr", lr, {F32}, {lr.numel() == rows ? rows : 1}, weights);
+  expect("lr", lr, {F32}, {1}, weights);
   if (low) expect("low", *low, {BF16}, {rows, columns}, weights);
   if (rows * columns == 0) return;
-  dispatch(Sgd{data<float>(weights), data<float>(momentum), gradient.data_ptr(),
-               type_of(gradient.scalar_type()), data<uint8_t>(mask), data<float>(lr),
-               lr.numel() > 1, float(mu), float(weight_decay), low ? data<bf16>(*low) : nullptr,
-               rows, columns, mask.size(1)},
+  dispatch(Sgd{data<float>(weights), data<float>(momentum), data<float>(gradient),
+               data<uint8_t>(mask), data<float>(lr), float(mu), float(weight_decay),
+               low ? data<bf16>(*low) : nullptr, rows, columns, mask.size(1)},
            weights);
 }
 
 void check_logits(const char* argument, const Tensor& logits, const Tensor& labels) {
-  expect(argument, logits, {F32, BF16, F16, F64}, {-1, -1}, logits);
+  expect(argument, logits, {F32}, {-1, -1}, logits);
   const int64_t n = logits.size(0), classes = logits.size(1);
   expect(argument, classes > 0 && classes < (1 << 30), "of 1 to 2^30 - 1 classes", classes);
   expect("labels", labels, {I64}, {n}, logits);
@@ -340,52 +295,43 @@ void check_logits(const char* argument, const Tensor& logits, const Tensor& labe
 std::tuple<Tensor, Tensor, Tensor> example_losses(Tensor logits, Tensor labels) {
   check_logits("logits", logits, labels);
   const int64_t n = logits.size(0);
-  const auto type = logits.scalar_type() == F64 ? F64 : F32;
-  const Tensor loss = torch::stable::new_empty(logits, {n}, type),
-               error = torch::stable::new_empty(logits, {n}, type),
-               norm = torch::stable::new_empty(logits, {n}, type);
+  const Tensor loss = torch::stable::new_empty(logits, {n}),
+               error = torch::stable::new_empty(logits, {n}),
+               norm = torch::stable::new_empty(logits, {n});
   if (n > 0)
-    dispatch(Losses{logits.data_ptr(), type_of(logits.scalar_type()), data<int64_t>(labels),
-                    loss.data_ptr(), error.data_ptr(), norm.data_ptr(), n, logits.size(1)},
+    dispatch(Losses{data<float>(logits), data<int64_t>(labels), data<float>(loss),
+                    data<float>(error), data<float>(norm), n, logits.size(1)},
              logits);
   return {loss, error, norm};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_barrier(Tensor middle, Tensor first, Tensor second,
-                                                        Tensor labels, Tensor alphas) {
-  check_logits("first", first, labels);
-  const int64_t n = first.size(0), classes = first.size(1), count = alphas.numel();
-  expect("second", second, {first.scalar_type()}, {n, classes}, first);
-  expect("alphas", alphas, {F32}, {-1}, first);
-  expect("alphas", count > 0, "at least one", count);
-  expect("middle", middle, {first.scalar_type()}, {count, n, classes}, first);
-  const auto type = first.scalar_type() == F64 ? F64 : F32;
-  const Tensor loss = torch::stable::new_empty(first, {count, n}, type),
-               error = torch::stable::new_empty(first, {count, n}, type),
-               top_loss = torch::stable::new_empty(first, {n}, type),
-               top_error = torch::stable::new_empty(first, {n}, type);
+std::tuple<Tensor, Tensor> loss_barrier(Tensor middle, Tensor first, Tensor second, Tensor labels,
+                                        double alpha) {
+  check_logits("middle", middle, labels);
+  const int64_t n = middle.size(0), classes = middle.size(1);
+  expect("first", first, {F32}, {n, classes}, middle);
+  expect("second", second, {F32}, {n, classes}, middle);
+  const Tensor loss = torch::stable::new_empty(middle, {n}),
+               error = torch::stable::new_empty(middle, {n});
   if (n > 0)
-    dispatch(Barrier{middle.data_ptr(), first.data_ptr(), second.data_ptr(),
-                     type_of(first.scalar_type()), data<int64_t>(labels), data<float>(alphas),
-                     loss.data_ptr(), error.data_ptr(), top_loss.data_ptr(), top_error.data_ptr(),
-                     count, n, classes},
-             first);
-  return {loss, error, top_loss, top_error};
+    dispatch(Barrier{data<float>(middle), data<float>(first), data<float>(second),
+                     data<int64_t>(labels), float(alpha), data<float>(loss), data<float>(error), n,
+                     classes},
+             middle);
+  return {loss, error};
 }
 
-Tensor augment(Tensor images, Tensor indices, Tensor key, Tensor step, Tensor scale, Tensor shift,
-               int64_t pad, bool flip, ScalarType dtype) {
+Tensor augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor shift,
+               ScalarType dtype) {
   expect("images", images, {ScalarType::Byte}, {-1, -1, -1, -1}, images);
   const int64_t count = images.size(0), height = images.size(1), width = images.size(2),
                 channels = images.size(3), batch = indices.numel();
   expect("images", height * width * channels < (1 << 30), "of fewer than 2^30 values an image",
          height * width * channels);
   expect("indices", indices, {I64}, {-1}, images);
-  expect("key", key, {I64}, {2}, images);
-  expect("step", step, {I64}, {1}, images);
+  expect("crops", crops, {I64}, {batch, 3}, images);
   expect("scale", scale, {F32}, {channels}, images);
   expect("shift", shift, {F32}, {channels}, images);
-  expect("pad", pad >= 0 && pad < (1 << 30), "from 0 to 2^30 - 1", pad);
   if (dtype != F32 && dtype != BF16)
     throw std::runtime_error("dtype must be float32 or bfloat16, got " + name(dtype));
   expect("indices", batch < INT32_MAX, "fewer than 2^31 - 1", batch);
@@ -394,9 +340,9 @@ Tensor augment(Tensor images, Tensor indices, Tensor key, Tensor step, Tensor sc
                                           images.device(), std::nullopt,
                                           torch::headeronly::MemoryFormat::ChannelsLast);
   if (out.numel() > 0)
-    dispatch(Augment{data<uint8_t>(images), data<int64_t>(indices), data<int64_t>(key),
-                     data<int64_t>(step), data<float>(scale), data<float>(shift), out.data_ptr(),
-                     type_of(dtype), count, batch, height, width, channels, pad, flip},
+    dispatch(Augment{data<uint8_t>(images), data<int64_t>(indices), data<int64_t>(crops),
+                     data<float>(scale), data<float>(shift), out.data_ptr(), dtype == BF16, count,
+                     batch, height, width, channels},
              images);
   return out;
 }
@@ -409,11 +355,11 @@ STABLE_TORCH_LIBRARY(datadiet, m) {
       "Tensor lr, float mu, float weight_decay, Tensor(d!)? low=None) -> ()");
   m.def("example_losses(Tensor logits, Tensor labels) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "loss_barrier(Tensor middle, Tensor first, Tensor second, Tensor labels, Tensor alphas) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "loss_barrier(Tensor middle, Tensor first, Tensor second, Tensor labels, float alpha=0.5) -> "
+      "(Tensor, Tensor)");
   m.def(
-      "augment(Tensor images, Tensor indices, Tensor key, Tensor step, Tensor scale, Tensor shift, "
-      "int pad, bool flip, ScalarType dtype=float) -> Tensor");
+      "augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor shift, "
+      "ScalarType dtype=float) -> Tensor");
 }
 
 #define REGISTER(m)                                               \
@@ -423,6 +369,6 @@ STABLE_TORCH_LIBRARY(datadiet, m) {
   m.impl("augment", TORCH_BOX(&datadiet::augment))
 
 STABLE_TORCH_LIBRARY_IMPL(datadiet, CPU, m) { REGISTER(m); }
-#ifdef DATADIET_CUDA
+#ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(datadiet, CUDA, m) { REGISTER(m); }
 #endif

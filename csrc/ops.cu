@@ -10,15 +10,14 @@
 namespace datadiet {
 namespace {
 
+constexpr int THREADS = 256;
+
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
 
-template <class T>
-__device__ __forceinline__ T not_a_number() {
-  return T(__int_as_float(0x7fc00000));
-}
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
@@ -31,11 +30,9 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- masked SGD ---------------------------------------------------------------------------------
 
-constexpr int THREADS = 256;
-
 // Four weights a thread (V = 4), or one where the rows do not start on 16 bytes; a row of blocks
 // for each row of weights.
-template <int V, bool LOW, class G>
+template <int V, bool LOW>
 __global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a, const bool mask_packed) {
   const int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * V;
   if (i >= a.columns) return;
@@ -43,9 +40,9 @@ __global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a, const bool ma
     const int64_t at = row * a.columns + i;
     Pack<float, V>* const to_w = reinterpret_cast<Pack<float, V>*>(a.weights + at);
     Pack<float, V>* const to_m = reinterpret_cast<Pack<float, V>*>(a.momentum + at);
-    Pack<G, V>* const to_g = reinterpret_cast<Pack<G, V>*>(static_cast<G*>(a.gradient) + at);
+    Pack<float, V>* const to_g = reinterpret_cast<Pack<float, V>*>(a.gradient + at);
     Pack<float, V> w = *to_w, m = *to_m;
-    const Pack<G, V> g = *to_g;
+    const Pack<float, V> g = *to_g;
     const uint8_t* const mask = a.mask + row * a.prunable + i;
     Pack<uint8_t, V> alive;
     if (mask_packed && i + V <= a.prunable) {
@@ -54,247 +51,117 @@ __global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a, const bool ma
 #pragma unroll
       for (int k = 0; k < V; ++k) alive.at[k] = i + k < a.prunable ? mask[k] : 1;
     }
-    const float lr = a.lr[a.lr_per_row ? row : 0];
+    const float lr = a.lr[0];
     Pack<bf16, V> low;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      sgd(w.at[k], m.at[k], value(g.at[k]), alive.at[k] != 0, lr, a.mu, a.weight_decay);
+      sgd(w.at[k], m.at[k], g.at[k], alive.at[k] != 0, lr, a.mu, a.weight_decay);
       put(low.at[k], w.at[k]);
     }
     *to_w = w;
     *to_m = m;
-    *to_g = Pack<G, V>{};
+    *to_g = Pack<float, V>{};
     if (LOW) *reinterpret_cast<Pack<bf16, V>*>(a.low + at) = low;
   }
 }
 
-template <int V, bool LOW, class G>
+template <int V, bool LOW>
 const char* launch_sgd(const Sgd& a, cudaStream_t stream) {
   const dim3 grid(unsigned(divide_up(a.columns, int64_t(V) * THREADS)),
                   unsigned(a.rows < 65535 ? a.rows : 65535));
   const bool mask_packed = a.prunable % V == 0 && aligned(a.mask, V);
-  sgd_kernel<V, LOW, G><<<grid, THREADS, 0, stream>>>(a, mask_packed);
+  sgd_kernel<V, LOW><<<grid, THREADS, 0, stream>>>(a, mask_packed);
   return launched();
-}
-
-template <class G>
-const char* launch_sgd(const Sgd& a, cudaStream_t stream) {
-  const bool packed = a.columns % 4 == 0 && aligned(a.weights, 16) && aligned(a.momentum, 16) &&
-                      aligned(a.gradient, 4 * sizeof(G)) && aligned(a.low, 4 * sizeof(bf16));
-  if (packed) return a.low ? launch_sgd<4, true, G>(a, stream) : launch_sgd<4, false, G>(a, stream);
-  return a.low ? launch_sgd<1, true, G>(a, stream) : launch_sgd<1, false, G>(a, stream);
 }
 
 // ---- losses -------------------------------------------------------------------------------------
 
-template <class X>
-using Value = decltype(value(X{}));
-
-template <class T>
 struct RowLosses {
-  T loss, error, norm;
+  float loss, error, norm;
 };
-
-// Few classes: a block of 128 threads brings 128 rows into shared memory and each thread reads one.
-// The pitch is odd, so that the threads' reads fall on different banks.
-// Many classes: a warp for each row; the second pass finds the row in the L1 cache.
-constexpr int TILE = 128, WARPS = TILE / 32;
-constexpr int64_t TILE_BYTES = 33 << 10;
-
-template <class X>
-bool fits_tile(int64_t classes) {
-  return TILE * (classes | 1) * int64_t(sizeof(Value<X>)) <= TILE_BYTES;
-}
-
-template <class X>
-__device__ __forceinline__ void fill_tile(const X* x, int count, int classes, Value<X>* tile) {
-  constexpr int V = 16 / sizeof(X);
-  const int pitch = classes | 1;
-  int done = 0;
-  if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-    done = count / V * V;
-#pragma unroll 2
-    for (int i = threadIdx.x * V; i < done; i += TILE * V) {
-      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(x + i));
-      const Pack<X, V> pack = bit_cast<Pack<X, V>>(raw);
-      int row = i / classes, c = i - row * classes;
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        tile[row * pitch + c] = value(pack.at[k]);
-        if (++c == classes) c = 0, ++row;
-      }
-    }
-  }
-  for (int i = done + threadIdx.x; i < count; i += TILE)
-    tile[i / classes * pitch + i % classes] = value(x[i]);
-}
-
-template <class T>
-__device__ __forceinline__ RowLosses<T> losses_of(const T* x, int classes, int label) {
-  const T own = x[label];
-  T top = -T(INFINITY), others = 0, squares = 0;
-  int wrong = 0;
-  for (int c = 0; c < classes; ++c) see_logit(x[c], own, c < label, top, wrong);
-  for (int group = 0; group < classes; group += GROUP) {
-    T sum = 0, sum_squares = 0;
-    const int end = group + GROUP < classes ? group + GROUP : classes;
-    for (int c = group; c < end; ++c) add_logit(x[c], top, c == label, sum, sum_squares);
-    others += sum;
-    squares += sum_squares;
-  }
-  RowLosses<T> out;
-  finish_row(top, own, others, squares, out.loss, out.norm);
-  out.error = T(wrong);
-  return out;
-}
 
 template <class T>
 __device__ __forceinline__ T from_lane(T x, int offset) {
   return __shfl_xor_sync(0xffffffffu, x, offset);
 }
 
-template <class X>
-__device__ __forceinline__ RowLosses<Value<X>> losses_by_warp(const X* x, int classes, int label) {
-  using T = Value<X>;
-  const int lane = threadIdx.x % 32;
-  const T own = value(x[label]);
-  T top = -T(INFINITY), others = 0, squares = 0;
+// A row's losses, by LANES neighbouring threads, all of which get the result; all threads of a warp
+// must come here together. The second pass finds the row in the L1 cache. A row past the end or a
+// label out of range gives NaN.
+template <int LANES>
+__device__ __forceinline__ RowLosses losses_of(const float* logits, int64_t row, int64_t n,
+                                               int classes, int64_t label) {
+  const bool known = row < n && label >= 0 && label < classes;
+  const float* const x = logits + (known ? row * classes : 0);
+  const int from = threadIdx.x % LANES, to = known ? classes : 0;
+  const float own = known ? x[label] : not_a_number();
+  float top = -INFINITY, others = 0, squares = 0;
   int wrong = 0;
 #pragma unroll 4
-  for (int c = lane; c < classes; c += 32) see_logit(T(value(x[c])), own, c < label, top, wrong);
+  for (int c = from; c < to; c += LANES) see_logit(x[c], own, c < label, top, wrong);
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) {
-    const T other = from_lane(top, offset);
+  for (int offset = LANES / 2; offset; offset /= 2) {
+    const float other = from_lane(top, offset);
     top = other > top ? other : top;
     wrong |= from_lane(wrong, offset);
   }
 #pragma unroll 4
-  for (int c = lane; c < classes; c += 32)
-    add_logit(T(value(x[c])), top, c == label, others, squares);
+  for (int c = from; c < to; c += LANES) add_logit(x[c], top, c == label, others, squares);
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) {  // a + b = b + a: every lane ends with the same sum
+  for (int offset = LANES / 2; offset; offset /= 2) {  // a + b = b + a: all lanes get the same sum
     others += from_lane(others, offset);
     squares += from_lane(squares, offset);
   }
-  RowLosses<T> out;
+  RowLosses out;
   finish_row(top, own, others, squares, out.loss, out.norm);
-  out.error = T(wrong);
+  out.error = known ? float(wrong) : own;
   return out;
 }
 
-// The losses of this thread's row of `logits` (n, classes), TILED, or of this warp's. All threads
-// of a block must come here together. A label out of range gives NaN.
-template <bool TILED, class X>
-__device__ __forceinline__ RowLosses<Value<X>> losses_of_mine(const void* logits, int64_t n,
-                                                             int classes, int64_t row,
-                                                             int64_t label) {
-  using T = Value<X>;
-  const X* const x = static_cast<const X*>(logits);
-  const bool known = label >= 0 && label < classes;
-  RowLosses<T> out = {not_a_number<T>(), not_a_number<T>(), not_a_number<T>()};
-  if constexpr (TILED) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    T* const tile = reinterpret_cast<T*>(shared);
-    const int64_t first = int64_t(blockIdx.x) * TILE;
-    const int rows = int(n - first < TILE ? n - first : TILE);
-    __syncthreads();  // the tile before this one has been read
-    fill_tile(x + first * classes, rows * classes, classes, tile);
-    __syncthreads();
-    if (row < n && known) out = losses_of(tile + threadIdx.x * (classes | 1), classes, int(label));
-  } else {
-    if (row < n && known) out = losses_by_warp(x + row * classes, classes, int(label));
-  }
-  return out;
-}
-
-template <bool TILED>
-__device__ __forceinline__ int64_t my_row() {
-  return TILED ? int64_t(blockIdx.x) * TILE + threadIdx.x
-               : int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
-}
-
-template <bool TILED, class X>
-__global__ void __launch_bounds__(TILE) losses_kernel(const Losses a) {
-  using T = Value<X>;
-  const int64_t row = my_row<TILED>();
+template <int LANES>
+__global__ void __launch_bounds__(THREADS) losses_kernel(const Losses a) {
+  const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / LANES;
   const int64_t label = row < a.n ? a.labels[row] : 0;
-  const auto mine = losses_of_mine<TILED, X>(a.logits, a.n, int(a.classes), row, label);
-  if (row >= a.n || (!TILED && threadIdx.x % 32)) return;
-  static_cast<T*>(a.loss)[row] = mine.loss;
-  static_cast<T*>(a.error)[row] = mine.error;
-  static_cast<T*>(a.norm)[row] = mine.norm;
+  const auto mine = losses_of<LANES>(a.logits, row, a.n, int(a.classes), label);
+  if (row >= a.n || threadIdx.x % LANES) return;
+  a.loss[row] = mine.loss;
+  a.error[row] = mine.error;
+  a.norm[row] = mine.norm;
 }
 
-template <bool TILED, class X>
-__global__ void __launch_bounds__(TILE) barrier_kernel(const Barrier a) {
-  using T = Value<X>;
-  const int64_t row = my_row<TILED>();
+template <int LANES>
+__global__ void __launch_bounds__(THREADS) barrier_kernel(const Barrier a) {
+  const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / LANES;
   const int64_t label = row < a.n ? a.labels[row] : 0;
-  const int classes = int(a.classes);
-  const auto first = losses_of_mine<TILED, X>(a.first, a.n, classes, row, label);
-  const auto second = losses_of_mine<TILED, X>(a.second, a.n, classes, row, label);
-  const bool writes = row < a.n && (TILED || threadIdx.x % 32 == 0);
-  T top_loss = -T(INFINITY), top_error = -T(INFINITY);
-  for (int64_t k = 0; k < a.alphas; ++k) {
-    const X* const logits = static_cast<const X*>(a.middle) + k * a.n * classes;
-    const auto middle = losses_of_mine<TILED, X>(logits, a.n, classes, row, label);
-    const T loss = barrier(middle.loss, first.loss, second.loss, T(a.alpha[k]));
-    const T error = barrier(middle.error, first.error, second.error, T(a.alpha[k]));
-    top_loss = supremum(top_loss, loss);
-    top_error = supremum(top_error, error);
-    if (writes) {
-      static_cast<T*>(a.loss)[k * a.n + row] = loss;
-      static_cast<T*>(a.error)[k * a.n + row] = error;
-    }
-  }
-  if (!writes) return;
-  static_cast<T*>(a.top_loss)[row] = top_loss;
-  static_cast<T*>(a.top_error)[row] = top_error;
+  const auto first = losses_of<LANES>(a.first, row, a.n, int(a.classes), label);
+  const auto second = losses_of<LANES>(a.second, row, a.n, int(a.classes), label);
+  const auto middle = losses_of<LANES>(a.middle, row, a.n, int(a.classes), label);
+  if (row >= a.n || threadIdx.x % LANES) return;
+  a.loss[row] = barrier(middle.loss, first.loss, second.loss, a.alpha);
+  a.error[row] = barrier(middle.error, first.error, second.error, a.alpha);
 }
 
-template <class X>
-const char* launch_losses(const Losses& a, cudaStream_t stream) {
-  if (fits_tile<X>(a.classes)) {
-    const size_t bytes = TILE * size_t(a.classes | 1) * sizeof(Value<X>);
-    losses_kernel<true, X><<<unsigned(divide_up(a.n, TILE)), TILE, bytes, stream>>>(a);
-  } else {
-    losses_kernel<false, X><<<unsigned(divide_up(a.n, WARPS)), TILE, 0, stream>>>(a);
-  }
-  return launched();
-}
-
-template <class X>
-const char* launch_losses(const Barrier& a, cudaStream_t stream) {
-  if (fits_tile<X>(a.classes)) {
-    const size_t bytes = TILE * size_t(a.classes | 1) * sizeof(Value<X>);
-    barrier_kernel<true, X><<<unsigned(divide_up(a.n, TILE)), TILE, bytes, stream>>>(a);
-  } else {
-    barrier_kernel<false, X><<<unsigned(divide_up(a.n, WARPS)), TILE, 0, stream>>>(a);
-  }
-  return launched();
-}
-
+// Few classes: four rows a warp.
 template <class Arguments>
-const char* launch_by_type(const Arguments& a, cudaStream_t stream) {
-  if (divide_up(a.n, WARPS) > INT32_MAX) return "more rows than one launch takes";
-  switch (a.type) {
-    case Type::f64: return launch_losses<double>(a, stream);
-    case Type::f16: return launch_losses<f16>(a, stream);
-    case Type::bf16: return launch_losses<bf16>(a, stream);
-    default: return launch_losses<float>(a, stream);
-  }
+const char* launch_rows(void (*few)(Arguments), void (*many)(Arguments), const Arguments& a,
+                        void* stream) {
+  const int lanes = a.classes <= 16 ? 8 : 32;
+  const int64_t blocks = divide_up(a.n, THREADS / lanes);
+  if (blocks > INT32_MAX) return "more rows than one launch takes";
+  (lanes == 8 ? few : many)<<<unsigned(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  return launched();
 }
 
 // ---- augmentation -------------------------------------------------------------------------------
 
-// A block for each image of the batch; every thread draws the crop itself, which is cheaper than to
-// wait for one that does, and writes 16 bytes at a time.
+// A block for each image of the batch; a thread writes 16 bytes at a time.
 template <int V, class Out>
 __global__ void __launch_bounds__(THREADS) augment_kernel(const Augment a) {
   const int64_t b = blockIdx.x;
-  const Crop crop = draw_crop(a.key, a.step[0], b, a.pad, a.flip);
   const int height = int(a.height), width = int(a.width), channels = int(a.channels);
-  const int up = int(crop.up), left = int(crop.left), total = height * width * channels;
+  const int up = int(a.crops[3 * b]), left = int(a.crops[3 * b + 1]);
+  const bool mirrored = a.crops[3 * b + 2] > 0;
+  const int total = height * width * channels;
   const int64_t index = a.indices[b];
   const bool known = index >= 0 && index < a.count;
   const uint8_t* const image = a.images + (known ? index : 0) * total;
@@ -305,10 +172,10 @@ __global__ void __launch_bounds__(THREADS) augment_kernel(const Augment a) {
     Pack<Out, V> pack;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const int from_y = y + up, from_x = (crop.mirrored ? width - 1 - x : x) + left;
+      const int from_y = y + up, from_x = (mirrored ? width - 1 - x : x) + left;
       const bool inside = known && from_y >= 0 && from_y < height && from_x >= 0 && from_x < width;
       const uint8_t value = inside ? image[(from_y * width + from_x) * channels + c] : 0;
-      put(pack.at[k], known ? normalise(value, a.scale[c], a.shift[c]) : not_a_number<float>());
+      put(pack.at[k], known ? normalise(value, a.scale[c], a.shift[c]) : not_a_number());
       if (++c == channels) {
         c = 0;
         if (++x == width) x = 0, ++y;
@@ -335,20 +202,23 @@ const char* launch_augment(const Augment& a, cudaStream_t stream) {
 
 const char* launch(const Sgd& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  return a.gradient_type == Type::bf16 ? launch_sgd<bf16>(a, s) : launch_sgd<float>(a, s);
+  const bool packed = a.columns % 4 == 0 && aligned(a.weights, 16) && aligned(a.momentum, 16) &&
+                      aligned(a.gradient, 16) && aligned(a.low, 4 * sizeof(bf16));
+  if (packed) return a.low ? launch_sgd<4, true>(a, s) : launch_sgd<4, false>(a, s);
+  return a.low ? launch_sgd<1, true>(a, s) : launch_sgd<1, false>(a, s);
 }
 
 const char* launch(const Losses& a, void* stream) {
-  return launch_by_type(a, static_cast<cudaStream_t>(stream));
+  return launch_rows(losses_kernel<8>, losses_kernel<32>, a, stream);
 }
 
 const char* launch(const Barrier& a, void* stream) {
-  return launch_by_type(a, static_cast<cudaStream_t>(stream));
+  return launch_rows(barrier_kernel<8>, barrier_kernel<32>, a, stream);
 }
 
 const char* launch(const Augment& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  return a.type == Type::bf16 ? launch_augment<bf16>(a, s) : launch_augment<float>(a, s);
+  return a.half ? launch_augment<bf16>(a, s) : launch_augment<float>(a, s);
 }
 
 }  // namespace datadiet
