@@ -931,15 +931,17 @@ def check_fits(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[
 def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state_dict of a .pt, ours or anyone's, and what else one of ours says."""
     content = runs.load_tensors(path)
-    if isinstance(content, dict) and "sha256" in content:
+    ours = isinstance(content, dict) and "sha256" in content
+    if ours:
         content = runs.checked_tensors(path, content)
     about = content if isinstance(content, dict) else {}
     state = next(
         (about[k] for k in ("model", "state_dict") if isinstance(about.get(k), dict)), about
     )
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+    named = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not state or not named:
         raise UserError(f'{path} holds no network: neither a state_dict nor one as "model"')
-    return state, {} if state is about else about
+    return state, about if ours else {}
 
 
 # ---- training and evaluation ---------------------------------------------------------------------

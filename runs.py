@@ -175,11 +175,11 @@ def read_json(path: Path, *keys: str) -> dict:
 
 def read_npy(path: Path) -> np.ndarray:
     """The array of an .npy; UserError if it is not that, whole. Nothing is unpickled."""
+    if not path.is_file():  # a pipe would wait for its writer
+        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         array = np.load(path, allow_pickle=False)
         array.shape  # an .npz has none  # noqa: B018
-    except FileNotFoundError as e:
-        raise UserError(f"{path} does not exist") from e
     except Exception as e:  # numpy, zipfile and tokenize have an exception each for damage
         raise UserError(f"{path} is not an .npy, or damaged ({one_line(e)})") from e
     return array
