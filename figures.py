@@ -214,7 +214,7 @@ def score_name(about: dict) -> str:
     metric, step = about["metric"], about.get("score_step")
     if metric.startswith("lmc"):
         return f"lmc {about['rewind']}"
-    preset = common.PRESETS.get(about["folder"].parts[-2].rsplit("-resnet", 1)[0])
+    preset = common.PRESETS.get(about["folder"].parts[-2].rsplit("-", 1)[0])
     return f"el2n {step}" if metric == "el2n" and preset and step != preset.score_step else metric
 
 
@@ -264,6 +264,7 @@ class Results:
     metrics: dict[str, dict]
     paper: str | None = None  # --paper
     data_dir: Path = Path("data")
+    datasets: tuple[str, ...] = ()  # --dataset, names or folders of images
 
     def pictures(self, stage: str) -> Iterator[tuple[str, list[Curve], str]]:
         """`pictures`, and whose data set of the paper stands behind: cifar10, cifar10-jpeg."""
@@ -875,7 +876,13 @@ def examples(r: Results) -> Pictures:
     each, most = 8, 20  # images of a class, classes
     for m in (m for m in r.metrics.values() if m["metric"] == "el2n"):
         model, scores = m["folder"].parts[-2], load(m["folder"] / "scores.npy")
-        data = common.load_data(model.rsplit("-", 1)[0], r.data_dir, common.torch.device("cpu"))
+        name = model.rsplit("-", 1)[0]
+        name = next((d for d in r.datasets if Path(d).name == name), name)
+        try:
+            data = common.load_data(name, r.data_dir, common.torch.device("cpu"))
+        except runs.UserError as e:
+            skipped(e)
+            continue
         labels, images = data.train_labels.numpy(), data.train_images.numpy()
         if scores is None or data.fingerprint != m["data"] or len(scores) != len(labels):
             skipped(f"{m['folder']}: scores of other data than {r.data_dir} holds")
@@ -1125,7 +1132,9 @@ def flags() -> runs.Parser:
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results are")
     parser.add_argument("--figures", type=Path, help="where pictures go [OUT/figures]")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="examples: of data")
-    parser.add_argument("--dataset", action="append", help="only of this data set")
+    parser.add_argument(
+        "--dataset", action="append", help="only of this data set, or folder of images"
+    )
     about = "whose curves of the paper to draw behind, of runs on other data"
     parser.add_argument("--paper", choices=PUBLISHED, help=about)
     about = "the verdict of one folder of results/imp/MODEL/ over another, and nothing else"
@@ -1184,20 +1193,25 @@ def main(args: argparse.Namespace) -> Any:
             print("done" if job.done else "todo", job.steps, job.runs, job.folder, sep="\t")
         return jobs
     found = read_runs(args.out)
-    if args.dataset:
-        found = [run for run in found if run.settings["dataset"] in args.dataset]
+    only = {Path(d).name for d in args.dataset or ()}
+    if only:
+        found = [run for run in found if run.settings["dataset"] in only]
     if args.cost:
         return print(cost(read_jobs(sys.stdin), rates(found), args.rate))
     if args.rates:
         print("\n".join(f"{model} {rate:.1f}" for model, rate in rates(found).items()))
         return rates(found)
-    r = Results(found, read_metrics(args.out), args.paper, args.data_dir)
+    metrics = read_metrics(args.out)
+    if only:
+        of = {k: m["folder"].parts[-2].rsplit("-", 1)[0] for k, m in metrics.items()}
+        metrics = {k: m for k, m in metrics.items() if of[k] in only}
+    r = Results(found, metrics, args.paper, args.data_dir, tuple(args.dataset or ()))
     if args.compare:
         row = compare_two(r, args.compare, args.levels, args.slack)
         print("\n".join(f"{k:24} {cell(v)}" for k, v in row.items()))
         return row
     folder = args.figures or args.out / "figures"
-    datasets = args.dataset or sorted({run.settings["dataset"] for run in found})
+    datasets = sorted(only) or sorted({run.settings["dataset"] for run in found})
     written, drawn = [], {}
     for figure in args.figure or [*FIGURES][:-1]:
         drawn[figure] = []
