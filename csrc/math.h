@@ -16,7 +16,7 @@
 
 namespace datadiet {
 
-// ---- 16-bit floats ------------------------------------------------------------------------------
+// ---- bfloat16 -----------------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -29,9 +29,6 @@ HD To bit_cast(From x) {
   memcpy(&y, &x, sizeof(To));
   return y;
 }
-
-HD float value(float x) { return x; }
-HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 HD void put(float& to, float x) { to = x; }
 HD void put(bf16& to, float x) {  // to nearest, ties to even; every NaN becomes the quiet one
