@@ -12,6 +12,9 @@
 
 namespace datadiet {
 
+HD float value(float x) { return x; }
+HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
 // ---- arithmetic; V is a float, or a vector of floats --------------------------------------------
 
 template <class V>
