@@ -71,12 +71,15 @@ def test_orders_are_uniform():
 
 def test_augmentation_is_crop_then_flip_of_the_padded_image():
     data, pad = digits(), 1
-    indices, key, step = torch.arange(64), torch.tensor([5, 6]), torch.tensor([9])
-    x = common.augment(data.train_images, indices, key, step, data.scale, data.shift, pad, True)
+    indices, key = torch.arange(64), (5, 6)
+    [crops] = common.draw_crops(key, 9, 10, 64, pad, True, CPU)
+    table = common.draw_crops(key, 7, 12, 64, pad, True, CPU)
+    assert torch.equal(table[2], crops)
+    x = common.augment(data.train_images, indices, crops, data.scale, data.shift)
     assert x.is_contiguous(memory_format=torch.channels_last)
     offsets, flips = set(), 0
     for b in range(64):
-        words = common.philox(key, torch.tensor([b, 9, 0, 0])).tolist()
+        words = common.philox(torch.tensor(key), torch.tensor([b, 9, 0, 0])).tolist()
         up, left, flip = words[0] * 3 >> 32, words[1] * 3 >> 32, words[2] & 1
         image = np.pad(data.train_images[b, :, :, 0].numpy(), pad)[up : up + 8, left : left + 8]
         image = image[:, ::-1] if flip else image
@@ -152,14 +155,15 @@ def test_resnet20_has_the_papers_number_of_weights():
     assert networks.mask.shape == (2, 270_896)
     assert sum(p.numel() for p in networks.modules[0].parameters()) == 272_474
     assert networks.weights.shape == (2, 272_512)  # padded to 512 bytes
-    columns = list(networks.layers.values())
+    columns = [slot.columns for slot in networks.layers.values()]
     assert (columns[0].start, columns[-1].stop) == (0, 270_896)
 
 
 def test_initialisation_has_the_moments_it_should():
     networks = common.Networks(common.ResNet(20, 16, 3, 10), 1, CPU)
-    module = networks.modules[0]
-    common.initialise(module, common.generator(0, "init"))
+    module, args = networks.modules[0], SimpleNamespace(seed=0, depth=20, width=16)
+    data = SimpleNamespace(train_images=torch.zeros(1, 32, 32, 3), classes=range(10))
+    networks.load(0, common.fresh_state(args, data, 0))
     weight = module.blocks[7].conv1.weight
     assert abs(weight.std().item() / math.sqrt(2 / weight[0].numel()) - 1) < 0.02
     scale = module.blocks[7].bn1.weight
@@ -171,14 +175,12 @@ def test_initialisation_has_the_moments_it_should():
 def tiny_training(rows=(0,), start=0, stop=12, steps_at=(), batch=32, masks=None, watch=None):
     args = SimpleNamespace(
         seed=0, batch_size=batch, momentum=0.9, weight_decay=1e-2, pad=1, flip=False,
-        engine="eager", precision="fp32", checkpoint_every=1e9,
+        engine="eager", precision="fp32", checkpoint_every=1e9, depth=8, width=4,
     )  # fmt: skip
     data = digits()
     networks = common.Networks(common.ResNet(8, 4, 1, 10), len(rows), CPU)
     for r, replicate in enumerate(rows):
-        common.initialise(networks.modules[r], common.generator(0, "init", replicate))
-        if masks is not None:
-            networks.rewind(r, networks.snapshot(r), masks[r])
+        networks.rewind(r, common.fresh_state(args, data, replicate), masks and masks[r])
     streams = [common.make_stream(args, data, r) for r in rows]
     schedule = common.step_schedule(0.1, (8,))
     at = frozenset(steps_at)
@@ -192,17 +194,14 @@ def test_training_is_torchs_sgd_with_the_mask_multiplied_in():
     plain, stream = common.ResNet(8, 4, 1, 10), t.streams[0]
     plain.load_state_dict(t.networks.modules[0].state_dict(), strict=False)
     masks = {}
-    for name, columns in t.networks.layers.items():
-        weight = plain.get_submodule(name).weight
-        masks[weight] = common.shaped(mask[columns].float(), weight.shape)
+    for name, part in t.networks.masks(0).items():
+        masks[plain.get_submodule(name).weight] = part.float()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
     for step in range(12):
         optimizer.param_groups[0]["lr"] = 0.1 if step < 8 else 0.01
         i = common.batch_indices(stream, step, step + 1, 32)[0]
-        x = common.augment(
-            t.data.train_images, i, stream.augment, torch.tensor([step]),
-            t.data.scale, t.data.shift, 1, False,
-        )  # fmt: skip
+        [crops] = common.draw_crops(stream.augment, step, step + 1, 32, 1, False, CPU)
+        x = common.augment(t.data.train_images, i, crops, t.data.scale, t.data.shift)
         optimizer.zero_grad()
         F.cross_entropy(plain(x), t.data.train_labels[i]).backward()
         optimizer.step()
@@ -225,7 +224,7 @@ def test_bfloat16_rounds_and_no_more():
     low.args.precision = "bf16"
     masks = [torch.rand(low.networks.mask.shape[1]) < 0.8]
     for t in (full, low):
-        t.networks.rewind(0, t.networks.snapshot(0), masks[0])
+        t.networks.rewind(0, t.networks.state(0), masks[0])
         for step in common.train(t):
             if t is low and step < 30:
                 assert torch.equal(t.networks.low, t.networks.weights.bfloat16())
@@ -248,7 +247,7 @@ def test_a_row_is_the_same_alone_and_beside_others():
         assert torch.equal(getattr(together.networks, field)[1], getattr(alone.networks, field)[0])
 
 
-def test_a_diverged_row_stops_and_leaves_the_others_as_they_are():
+def test_a_diverged_row_computes_on_and_leaves_the_others_as_they_are():
     sick, well = tiny_training((0, 1), stop=40), tiny_training((1,), stop=40)
     sick.networks.weights[0, 5] = math.nan
     for t in (sick, well):
@@ -261,7 +260,7 @@ def test_a_diverged_row_stops_and_leaves_the_others_as_they_are():
 def test_children_differ_in_order_and_augmentation_only():
     args, data = SimpleNamespace(seed=0), digits()
     a, b = (common.make_stream(args, data, 0, child) for child in (0, 1))
-    assert a.order != b.order and not torch.equal(a.augment, b.augment)
+    assert a.order != b.order and a.augment != b.augment
     assert torch.equal(a.indices, b.indices) and torch.equal(a.labels, b.labels)
 
 
@@ -295,9 +294,74 @@ def test_any_module_can_be_rows():
     networks = common.Networks(Plain(), 2, CPU)
     assert networks.mask.shape == (2, 27 + 1080)
     assert networks.modules[1].conv.bias.data_ptr() == networks.weights[1, 1107].data_ptr()
-    common.initialise(networks.modules[1], common.generator(0, "init"))
+    networks.load(1, Plain().state_dict())
     networks.modules[1](torch.rand(2, 1, 8, 8)).square().sum().backward()
     assert networks.gradient[1].abs().sum() > 0 and networks.gradient[0].abs().sum() == 0
+
+
+class Normed(nn.Module):
+    """A small ResNet with GroupNorm, and a transformer block with parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.place = nn.Parameter(torch.randn(64, 8))
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.after, self.head = nn.LayerNorm(8), nn.Linear(8, 10)
+        self.register_buffer("scale", torch.full((1,), 0.5))
+
+    def forward(self, x):
+        x = x + F.relu(self.norm(self.conv(x))) * self.scale
+        x = x.flatten(2).transpose(1, 2) + self.place
+        return self.head(self.after(x + self.attend(x, x, x)[0]).mean(1))
+
+
+def test_rows_keep_every_parameter_and_buffer_of_a_module(monkeypatch):
+    """Against the plain module: the same logits, and ten steps of torch.optim.SGD."""
+    t = tiny_training((0, 1), stop=0)
+    monkeypatch.setattr(common, "make_model", lambda args, data: Normed())
+    states = [common.fresh_state(t.args, t.data, r) for r in (0, 1)]
+    again = common.fresh_state(t.args, t.data, 0)
+    assert all(torch.equal(states[0][k], again[k]) for k in again)
+    assert not torch.equal(states[0]["place"], states[1]["place"])
+    assert states[0]["norm.weight"].eq(1).all() and states[0]["after.weight"].eq(1).all()
+    networks = common.Networks(Normed(), 2, CPU)
+    plain, stream = Normed(), t.streams[1]
+    plain.load_state_dict(states[1])
+    for r in (0, 1):
+        networks.load(r, states[r])
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(networks.modules[1](x), plain(x))
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, 0.9, weight_decay=1e-2)
+    for step in range(10):
+        i = common.batch_indices(stream, step, step + 1, 32)[0]
+        [crops] = common.draw_crops(stream.augment, step, step + 1, 32, 1, False, CPU)
+        x = common.augment(t.data.train_images, i, crops, t.data.scale, t.data.shift)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), t.data.train_labels[i]).backward()
+        optimizer.step()
+    t = common.Training(t.args, t.data, networks, t.streams, 0, 10, lambda step: 0.1)
+    assert [*common.train(t)][-1] == 10
+    for name, value in networks.state(1).items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_module_that_draws_in_its_forward_pass_is_refused_by_name(monkeypatch):
+    class Drops(Normed):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.1)
+
+        def forward(self, x):
+            return super().forward(self.drop(x))
+
+    for make, problem in ((Drops, r"drop \(Dropout\) draws"), (Normed, None)):
+        monkeypatch.setattr(common, "make_model", lambda args, data, make=make: make())
+        if problem:
+            with pytest.raises(UserError, match=problem):
+                common.check_model(None, digits())
+        else:
+            common.check_model(None, digits())
 
 
 # ---- exact resume --------------------------------------------------------------------------------
@@ -311,7 +375,7 @@ def new_run(folder):
 def test_resume_gives_the_bits_of_an_undisturbed_training(tmp_path, kill):
     def fit(t, folder):
         run = new_run(folder)
-        bar = common.progress_bar(SimpleNamespace(quiet=True), 0)
+        bar = runs.progress_bar(0, quiet=True)
         try:
             common.fit(t, [run], "level00", bar, observed.append)
         finally:
@@ -323,8 +387,8 @@ def test_resume_gives_the_bits_of_an_undisturbed_training(tmp_path, kill):
         def __init__(self, at):
             self.seen, self.at = torch.zeros(1, 40), at
 
-        def __call__(self, networks, step, indices, logits):
-            self.seen[0, step] += indices[0].sum()
+        def __call__(self, networks, row, step, indices, logits):
+            self.seen[0, step] += indices.sum()
             if step.item() == self.at:
                 runs.signals.number = signal.SIGTERM
 
@@ -335,8 +399,8 @@ def test_resume_gives_the_bits_of_an_undisturbed_training(tmp_path, kill):
         t.extra = {"seen": watch.seen}
         try:
             fit(t, tmp_path / str(at))
-        except SystemExit as e:
-            assert e.code == 128 + signal.SIGTERM
+        except runs.Interrupted as e:
+            assert e.number == signal.SIGTERM
             runs.signals.number = 0
             watch = Kill(None)
             t = tiny_training(stop=20, steps_at=(0, 5, 12), watch=watch)
@@ -569,7 +633,7 @@ def test_augmentation_is_told_in_the_folders_name_and_done(stage, tmp_path):
     for name, flags in ways.items():
         stage("imp", *tiny, *flags)
         folder = tmp_path / f"results/imp/digits-resnet8/random64-rewind3-steps6{name}/rep0"
-        weights.append(runs.read_tensors(folder / "level00.pt")["weights"])
+        weights.append(runs.read_tensors(folder / "level00.pt")["model"]["stem.0.weight"])
     for a, b in itertools.combinations(weights, 2):
         assert not torch.equal(a, b)
 
@@ -579,7 +643,9 @@ def test_fp32_is_float32_and_evaluation_beside_bf16_may_take_tf32():
     before = cudnn.deterministic, cudnn.allow_tf32
     try:
         for precision, tf32 in (("bf16", True), ("fp32", False)):
-            common.set_numerics(precision)
+            cpu = torch.device("cpu")
+            choice = {"engine": "eager", "device": cpu, "fast": False, "precision": precision}
+            common.choose_engine(SimpleNamespace(**choice))
             assert (cudnn.deterministic, cudnn.allow_tf32) == (True, tf32)
     finally:
         cudnn.deterministic, cudnn.allow_tf32 = before

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import common
-import runs
 import el2n
+import runs
 from runs import UserError
 
 TINY = ("--networks", 2, "--score-step", 6)
@@ -64,7 +64,7 @@ def test_forgetting_by_hand():
     for column in right.T:
         logits = torch.stack([column, 1 - column], -1).float()  # class 0 wins where right
         order = torch.randperm(4)
-        t.watch(networks, torch.zeros(1), {0: order}, {0: logits[order]})
+        t.watch(networks, 0, torch.zeros(1), order, logits[order])
     assert t.extra["forgotten"].tolist() == [[2, 0, 0, 3]]
     assert t.extra["learned"].tolist() == [[True, True, False, True]]
     assert el2n.forgetting_scores(t.extra).tolist() == [[2, 0, 6, 3]]

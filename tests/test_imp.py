@@ -7,13 +7,15 @@ import sys
 import time
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 import common
-import runs
 import imp
+import runs
 from runs import UserError
 
 TINY = ("--subset", "random", "--size", 128, "--rewind", 5, "--steps", 30)
@@ -49,6 +51,10 @@ def test_exactly_the_ceiling_goes_at_every_level(fraction):
         mask = pruned
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 
@@ -60,15 +66,24 @@ def test_algorithm_1_to_the_letter(stage, tmp_path):
     args = imp.flags().parse_args([str(f) for f in TINY])
     args.data_dir, args.out = common.HERE / "data", tmp_path
     data = common.prepare(args)
-    assert levels[0]["mask"].all() and start["step"] == 5
+    names = [f"{name}.weight" for name in levels[0]["mask"]]
+
+    def flat(state):
+        named = state if names[0] in state else {f"{k}.weight": v for k, v in state.items()}
+        return torch.cat([named[name].flatten() for name in names])
+
+    assert flat(levels[0]["mask"]).all() and start["step"] == 5
     for before, level in pairwise(levels):
-        expected = imp.prune(before["weights"], before["mask"], 0.2)
-        assert torch.equal(level["mask"], expected)
-        assert (level["weights"][: len(expected)][~expected] == 0).all()
+        weights, mask, after = flat(before["model"]), flat(before["mask"]), flat(level["mask"])
+        assert int(after.sum()) == int(mask.sum()) - math.ceil(Fraction("0.2") * int(mask.sum()))
+        gone = mask & ~after
+        assert not (after & ~mask).any()
+        assert weights[gone].abs().max() <= weights[after].abs().min()
+        assert (flat(level["model"])[~after] == 0).all()
     # Level 2 again, by hand: w_tr under the mask, no velocity, steps 5 to 30 of the whole data.
     networks = common.Networks(common.make_model(args, data), 1, args.device)
-    networks.weights[0], networks.batchnorm[0] = start["weights"], start["batchnorm"]
-    networks.mask[0] = levels[2]["mask"]
+    networks.load(0, start["model"])
+    networks.mask[0] = networks.flat_mask(levels[2]["mask"])
     networks.weights[0, : networks.mask.shape[1]] *= networks.mask[0]
     projected = common.accuracy(networks, data)[0]
     schedule = common.step_schedule(0.1, (300, 450))
@@ -76,23 +91,22 @@ def test_algorithm_1_to_the_letter(stage, tmp_path):
     assert len(streams[0].indices) == 1437
     for _ in common.train(common.Training(args, data, networks, streams, 5, 30, schedule)):
         pass
-    assert torch.equal(networks.weights[0], levels[2]["weights"])
-    assert torch.equal(networks.batchnorm[0], levels[2]["batchnorm"])
+    assert same(networks.state(0), levels[2]["model"])
     told = result["levels"][2]
     assert told["test_accuracy"] == common.accuracy(networks, data)[0]
     assert told["projected_test_accuracy"] == projected
-    assert math.isclose(told["weights_remaining"], levels[2]["mask"].double().mean().item())
+    assert math.isclose(told["weights_remaining"], flat(levels[2]["mask"]).double().mean().item())
 
 
 def test_rewind_0_is_the_initialisation(stage, tmp_path):
     stage("imp", "--rewind", 0, "--steps", 20, "--levels", 0)
     [folder] = tmp_path.rglob("rep0")
     assert folder.parent.name == "all-rewind0-steps20"
-    networks = common.Networks(common.ResNet(8, 16, 1, 10), 1, torch.device("cpu"))
-    common.initialise(networks.modules[0], common.generator(0, "init", 0))
+    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
     start = runs.read_tensors(folder / "pretrained.pt")
-    assert torch.equal(start["weights"], networks.weights[0])
-    assert torch.equal(start["batchnorm"], networks.batchnorm[0])
+    args = SimpleNamespace(seed=0, depth=8, width=16)
+    expected = common.fresh_state(args, data, 0)
+    assert all(torch.equal(v, expected[k]) for k, v in start["model"].items())
 
 
 def test_label_noise_is_in_the_pretraining_only(stage, monkeypatch):
@@ -115,8 +129,8 @@ def test_replicates_are_the_same_side_by_side_and_alone(stage, tmp_path):
     stage("imp", *flags, "--replicate", "1", out=tmp_path / "alone")
     for name in ("pretrained.pt", "level00.pt", "level01.pt"):
         a, b = (runs.read_tensors(p) for p in tmp_path.rglob(f"rep1/{name}"))
-        for key in ("weights", "batchnorm", "mask"):
-            assert key not in a or torch.equal(a[key], b[key])
+        for key in ("model", "mask"):
+            assert key not in a or same(a[key], b[key])
 
 
 def test_a_finished_run_is_left_alone_and_extended_by_more_levels(stage, tmp_path, monkeypatch):
@@ -158,16 +172,15 @@ def test_a_replicate_that_diverges_reports_nothing_and_the_other_goes_on(
     stage, tmp_path, monkeypatch
 ):
     [well] = stage("imp", *TINY, "--levels", 1, "--replicate", 1, out=tmp_path / "well")
-    initialise = common.initialise
+    fresh_state = common.fresh_state
 
-    def poison(module, draw):
-        initialise(module, draw)
-        if not poisoned:
-            module.head.weight.data.fill_(3e38)
-        poisoned.append(module)
+    def poison(args, data, replicate):
+        state = fresh_state(args, data, replicate)
+        if replicate == 0:
+            state["head.weight"].fill_(3e38)
+        return state
 
-    poisoned = []
-    monkeypatch.setattr(common, "initialise", poison)
+    monkeypatch.setattr(common, "fresh_state", poison)
     with pytest.raises(UserError, match=r"replicate 0: pre-training diverged at step 0") as e:
         stage("imp", *TINY, "--levels", 1, "--replicate", "0-1")
     assert "\n" not in str(e.value)
@@ -198,19 +211,82 @@ def command(*flags, cwd=common.HERE, **kwargs):
     )
 
 
-def test_a_copy_of_imp_and_common_alone_runs(tmp_path):
-    for name in ("imp.py", "common.py"):
+def test_a_copy_of_imp_in_an_empty_folder_runs_with_scores_of_its_own(tmp_path):
+    for name in ("imp.py", "common.py", "runs.py"):
         (tmp_path / name).write_text((common.HERE / name).read_text())
-    run = command(*TINY, "--levels", 1, "--data-dir", common.HERE / "data", cwd=tmp_path)
-    out, err = run.communicate(timeout=120)
+    few = ("--levels", 1, "--steps", 30, "--rewind", 5, "--milestones", 20)
+    run = command(*few, "--data-dir", common.HERE / "data", cwd=tmp_path)
+    out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     lines = out.splitlines()
-    assert " ".join(lines[0].split()) == "level weights remaining test accuracy of dense seconds"
+    assert lines[0].startswith("el2n of digits, 4 networks; from easy to hard:")
+    assert " ".join(lines[1].split()) == "level weights remaining test accuracy of dense seconds"
     result = runs.read_json(tmp_path / lines[-1])
     assert len(result["levels"]) == 2 and not result["config"]["environments"][0]["csrc"]
-    run = command("--subset", "easy", "--data-dir", common.HERE / "data", cwd=tmp_path)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 2 and err.count("\n") == 1 and "give --scores FILE" in err
+
+
+def test_controls_against_their_oracles(stage, tmp_path):
+    """reinit and shuffle keep every layer's count; reinit at level 0 is dense training from that
+    initialisation; one-shot at level 1 is IMP's level 1. The missing run is made first."""
+    for control in imp.CONTROLS:
+        stage("imp", *TINY, "--levels", 2, "--control", control)
+    levels = {}
+    for kind in ("", *imp.CONTROLS):
+        [folder] = tmp_path.glob(
+            f"results/imp/*/random128-rewind5-steps30{kind and '-' + kind}/rep0"
+        )
+        levels[kind] = [runs.read_tensors(folder / f"level0{k}.pt") for k in range(3)]
+    for k in range(3):
+        counts = {kind: [int(m.sum()) for m in x[k]["mask"].values()] for kind, x in levels.items()}
+        assert counts["reinit"] == counts["shuffle"] == counts[""]
+        assert sum(counts["one-shot"]) == sum(counts[""])
+    assert same(levels["reinit"][2]["mask"], levels[""][2]["mask"])
+    assert not same(levels["shuffle"][2]["mask"], levels[""][2]["mask"])
+    assert same(levels["one-shot"][1]["model"], levels[""][1]["model"])
+    args = imp.flags().parse_args([str(f) for f in TINY])
+    args.data_dir, args.out = common.HERE / "data", tmp_path
+    data = common.prepare(args)
+    networks = common.Networks(common.make_model(args, data), 1, args.device)
+    networks.load(0, common.fresh_state(args, data, common.REINIT))
+    schedule, streams = common.step_schedule(0.1, (300, 450)), [common.make_stream(args, data, 0)]
+    for _ in common.train(common.Training(args, data, networks, streams, 0, 30, schedule)):
+        pass
+    assert same(networks.state(0), levels["reinit"][0]["model"])
+
+
+def test_a_result_in_plain_pytorch_and_back(stage, tmp_path, capsys):
+    """Level 1 opens with nothing of ours but the ResNet; anyone's state_dict is a w_tr."""
+    [result] = imp.search(
+        subset="random", size=128, rewind=5, steps=30, levels=1, quiet=True,
+        data_dir=common.HERE / "data", out=tmp_path / "called",
+    )  # fmt: skip
+    [again] = stage("imp", *TINY, "--levels", 1)
+    accuracy = [[x["test_accuracy"] for x in r["levels"]] for r in (result, again)]
+    assert accuracy[0] == accuracy[1]
+    [path] = tmp_path.glob("called/imp/*/*/rep0/level01.pt")
+    saved = torch.load(path, weights_only=True)
+    model = common.ResNet(8, 16, 1, 10)
+    model.load_state_dict(saved["model"])
+    zeros = sum(int((model.get_submodule(n).weight == 0).sum()) for n in saved["mask"])
+    total = sum(m.numel() for m in saved["mask"].values())
+    assert math.isclose(1 - zeros / total, result["levels"][1]["weights_remaining"])
+    for name, mask in saved["mask"].items():
+        torch.nn.utils.prune.custom_from_mask(model.get_submodule(name), "weight", mask)
+    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
+    with torch.no_grad():
+        logits = model.eval()(common.normalise(data, data.test_images))
+    right = (logits.argmax(1) == data.test_labels).double().mean().item()
+    assert math.isclose(right, result["levels"][1]["test_accuracy"])
+    torch.save(
+        torch.load(path.with_name("pretrained.pt"), weights_only=True)["model"], tmp_path / "w.pt"
+    )
+    flags = ("--steps", 30, "--levels", 0, "--init", tmp_path / "w.pt")
+    with pytest.raises(UserError, match="give --rewind"):
+        stage("imp", *flags)
+    [foreign] = stage("imp", *flags, "--rewind", 5)
+    assert foreign["levels"][0]["test_accuracy"] == accuracy[0][0]
+    with pytest.raises(UserError, match=r"stem\.0\.weight has shape \(16, 1, 3, 3\)"):
+        stage("imp", *flags, "--rewind", 5, "--width", 8)
 
 
 def test_a_mistake_is_one_line_and_status_2():
@@ -245,7 +321,7 @@ def test_a_killed_run_ends_with_the_numbers_of_one_never_killed(stage, tmp_path,
         }
     for name in ("pretrained.pt", "level00.pt", "level01.pt", "level02.pt"):
         a, b = (runs.read_tensors(p) for p in tmp_path.glob(f"*/imp/*/*/rep0/{name}"))
-        assert torch.equal(a["weights"], b["weights"])
+        assert same(a["model"], b["model"])
 
 
 def test_results_can_be_read_by_anything(stage, tmp_path):

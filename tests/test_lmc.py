@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import common
-import runs
 import imp
 import lmc
+import runs
 
 TINY = "--width 4 --steps 30 --milestones 20 --batch-size 64 --subset random --size 128 --quiet"
 
@@ -189,9 +189,7 @@ def test_child_0_is_level_0_of_imp_and_a_parent_is_the_same_w_tr(done, copied):
     [dense] = imp.main(parse(out, "--rewind 10 --levels 0", imp))
     where = folder(out)
     mine = runs.read_tensors(where / "children.pt")
-    level = runs.read_tensors(
-        out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt"
-    )
+    level = runs.read_tensors(out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt")
     assert torch.equal(mine["weights"][0], level["weights"])
     assert torch.equal(mine["batchnorm"][0], level["batchnorm"])
     assert not torch.equal(mine["weights"][0], mine["weights"][1])

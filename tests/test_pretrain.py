@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-import runs
 import pretrain
 from runs import UserError
 
