@@ -72,22 +72,26 @@ def main() -> None:
     args.depth, args.width, args.alphas, args.seed, args.batch_size = 20, 16, 1, 0, 128
     data = make_data(args.images, args.device)
     children = make_children(args, data)
-    state = children.weights.cpu(), children.batchnorm.cpu()
+    states = [children.state(r) for r in range(children.rows)]
     ready = make_children(args, data).modules + make_children(args, data).modules
     for module in ready:
         module.eval()
     with torch.inference_mode():
         batches = [common.normalise(data, x) for x in data.train_images.split(1000)]
     forward(ready, batches[:1])
-    lmc.measure(args, make_data(1000, args.device), *state)
+    lmc.measure(args, make_data(1000, args.device), states)
     ours, bare = [], []
     for _ in range(args.rounds):
-        ours.append(clock(lambda: lmc.measure(args, data, *state), args.device))
+        ours.append(clock(lambda: lmc.measure(args, data, states), args.device))
         bare.append(clock(lambda: forward(ready[:PASSES], batches), args.device))
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     cuda = args.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {args.threads} threads"
-    fused = "with csrc" if common.csrc_ops() else "without csrc"
+    fused = (
+        "with csrc"
+        if common.operations().masked_sgd_ is not common.DEFINITIONS["masked_sgd_"]
+        else "without csrc"
+    )
     print(f"{name}, torch {torch.__version__}, {fused}, {args.images} images, n = {args.rounds}")
     print("                        seconds (fastest)")
     print(f"lmc.measure, {args.batchnorm:10} {min(ours):8.3f}")

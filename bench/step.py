@@ -6,9 +6,9 @@
 loader    what one writes first, and what the paper's time ran: torchvision transforms in a
           DataLoader, torch.optim.SGD, the mask multiplied in (autocast to bfloat16 on a GPU)
 resident  the same loop with data and augmentation on the device
-then the engines of common.py, and on a GPU the graph without the compiler, and several rows. Each
+then the engines of common.py, with BatchNorm by torch (plain) or fused, and several rows. Each
 figure is the median of --repeats timings, taken in turns so that what else the machine does falls
-on all alike; warm-up and compilation are told apart. The last column is the share of the ceiling:
+on all alike; warm-up is apart. The last column is the share of the ceiling:
 the time that the convolutions' FLOP take at the rate of a large matrix product in this run, or the
 time that the tensors read and written by convolutions and BatchNorm take at the rate of a large
 copy, whichever is longer, over the time measured. Also: where the time of a step goes, by kernel;
@@ -31,15 +31,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import runs as files
 
 
-def flags() -> common.Parser:
+def flags() -> files.Parser:
     parser = common.flags(__doc__)
     parser.set_defaults(dataset="random", out=None, batch_size=128, depth=20, width=16)
-    parser.add_argument("--classes", type=common.positive, default=10, help="of random images [10]")
-    parser.add_argument("--rows", type=common.numbers, default=(1, 4), help="networks [1,4]")
-    parser.add_argument("--repeats", type=common.positive, default=5, help="timings [5]")
-    told = "comma-separated part of loader,resident,eager,compiled,graph-eager,graph [all]"
+    parser.add_argument("--classes", type=files.positive, default=10, help="of random images [10]")
+    parser.add_argument("--rows", type=files.numbers, default=(1, 4), help="networks [1,4]")
+    parser.add_argument("--repeats", type=files.positive, default=5, help="timings [5]")
+    told = "comma-separated part of loader,resident,plain,eager,graph [all]"
     parser.add_argument("--only", default="", help=told)
     return parser
 
@@ -59,7 +60,7 @@ class Plain:
     def __init__(self, args: argparse.Namespace, data: common.Data):
         self.args, self.data = args, data
         self.model = common.make_model(args, data).to(args.device)
-        common.initialise(self.model, common.generator(0, "init"))
+        self.model.load_state_dict(common.fresh_state(args, data, 0))
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, 0.9, weight_decay=1e-4)
         weights = [p for p in self.model.parameters() if p.dim() > 1]
         self.masks = [(p, (torch.rand_like(p) < 0.5).float()) for p in weights]
@@ -116,14 +117,13 @@ def loader(args: argparse.Namespace, data: common.Data):
 
 
 def resident(args: argparse.Namespace, data: common.Data):
-    plain, key = Plain(args, data), torch.tensor([1, 2], device=args.device)
-    scaling = (data.scale, data.shift, args.pad, args.flip)
+    plain, crop = Plain(args, data), (args.batch_size, args.pad, args.flip, args.device)
 
     def run(steps: int) -> None:
         for s in range(steps):
             i = torch.randint(len(data.train_labels), (args.batch_size,), device=args.device)
-            step = torch.full((1,), s, device=args.device)
-            x = common.augment.definition(data.train_images, i, key, step, *scaling)
+            [crops] = common.draw_crops((1, 2), s, s + 1, *crop)
+            x = common.augment.definition(data.train_images, i, crops, data.scale, data.shift)
             plain.step(x.contiguous(), data.train_labels[i])
 
     return run
@@ -131,59 +131,31 @@ def resident(args: argparse.Namespace, data: common.Data):
 
 def engine(args: argparse.Namespace, data: common.Data, name: str, rows: int):
     """Steps of common.train under an engine; one training goes on through all timings."""
-    args = argparse.Namespace(**vars(args) | {"engine": name.removesuffix("-eager")})
+    args = argparse.Namespace(**vars(args) | {"engine": "graph" if name == "graph" else "eager"})
     networks = common.Networks(common.make_model(args, data), rows, args.device)
-    for r, module in enumerate(networks.modules):
-        common.initialise(module, common.generator(0, "init", r))
+    for r in range(rows):
+        networks.load(r, common.fresh_state(args, data, r))
         networks.mask[r] = torch.rand(networks.mask.shape[1], device=args.device) < 0.5
     streams = [common.make_stream(args, data, r) for r in range(rows)]
     reports = frozenset(range(0, 10**5, args.steps)) | {WARM}
     constant = common.step_schedule(0.1, ())
     t = common.Training(args, data, networks, streams, 0, 10**5, constant, reports)
     steps, done = common.train(t), 0
-    if name == "graph-eager":
-        forward_loss, eager = common.forward_loss, common.forward_loss("eager")
-        common.forward_loss = lambda _: eager
-        done = next(steps)
-        common.forward_loss = forward_loss
 
     def run(count: int) -> int:
         nonlocal done
         first = done
+        fused = common.batch_norm_relu
+        common.batch_norm_relu = fused.definition if name == "plain" else fused
         while done < first + count:
             done = next(steps)
+        common.batch_norm_relu = fused
         return done - first
 
     return run
 
 
 WARM = 10
-
-
-def loop_share(args: argparse.Namespace, data: common.Data) -> float:
-    """The part of a step on a CPU that is not forward and backward, by a clock around these two."""
-    inside = 0.0
-
-    def timed(function):
-        def call(*given):
-            nonlocal inside
-            began = time.perf_counter()
-            result = function(*given)
-            inside += time.perf_counter() - began
-            return result
-
-        return call
-
-    forward_loss, grad = common.forward_loss, torch.autograd.grad
-    common.forward_loss = lambda name: timed(forward_loss(name))
-    torch.autograd.grad = timed(grad)
-    run = engine(args, data, "compiled", 1)
-    run(2)
-    inside, began = 0.0, time.perf_counter()
-    run(args.steps)
-    whole = time.perf_counter() - began
-    common.forward_loss, torch.autograd.grad = forward_loss, grad
-    return 1 - inside / whole
 
 
 def kernels(run, steps: int, count: int = 12) -> dict[str, float]:
@@ -263,11 +235,10 @@ def work(args: argparse.Namespace, data: common.Data) -> tuple[float, int]:
     [module] = networks.lowered() if args.precision == "bf16" else networks.modules
     x = common.normalise(data, data.train_images[: args.batch_size])
     x = x.bfloat16() if args.precision == "bf16" else x
-    forward = common.forward_loss("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(x)
     with Traffic() as traffic:
-        loss, _ = forward(module, x, data.train_labels[: args.batch_size])
+        loss = F.cross_entropy(module(x).float(), data.train_labels[: args.batch_size])
         torch.autograd.grad(loss, list(module.parameters()))
     return 3.0 * counter.get_total_flops(), traffic.bytes
 
@@ -285,9 +256,8 @@ def seconds(run, steps: int, device: torch.device) -> float:
 def main(args: argparse.Namespace) -> dict:
     args.device = common.find_device(args.device)
     cuda = args.device.type == "cuda"
-    args.precision = {"auto": "bf16" if cuda else "fp32"}.get(args.precision, args.precision)
     args.steps = args.steps or (128 if cuda else 8)
-    common.set_numerics(args.precision)
+    common.choose_engine(args)
     args.momentum, args.weight_decay, args.pad, args.flip, args.seed = 0.9, 1e-4, 4, True, 0
     random = args.dataset == "random"
     data = (
@@ -296,7 +266,7 @@ def main(args: argparse.Namespace) -> dict:
         else common.load_data(args.dataset, args.data_dir, args.device)
     )
     ways = {"loader": loader, "resident": resident}
-    for name in ("eager", "compiled", *(("graph-eager", "graph") if cuda else ())):
+    for name in ("plain", "eager", *(["graph"] if cuda else [])):
         for rows in args.rows:
             ways[f"{name} x{rows}"] = (name, rows)
     chosen = args.only.split(",") if args.only else [k.split()[0] for k in ways]
@@ -348,11 +318,7 @@ def main(args: argparse.Namespace) -> dict:
         "gb_moved_per_step": moved / 1e9,
         "matrix_tflops": matrix / 1e12,
         "copy_gb_per_second": copy / 1e9,
-        **(
-            on_card(args, data, runs)
-            if cuda
-            else {"outside_forward_and_backward": loop_share(args, data)}
-        ),
+        **(on_card(args, data, runs) if cuda else {}),
         "table": table,
         "kernels": parts,
     }
@@ -364,4 +330,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    common.run_stage(main, flags())
+    files.run_stage(main, flags())
