@@ -38,8 +38,8 @@ def make_data(images: int, device: torch.device) -> common.Data:
 
 def make_children(args: argparse.Namespace, data: common.Data) -> common.Networks:
     networks = common.Networks(common.make_model(args, data), CHILDREN, args.device)
-    for k, module in enumerate(networks.modules):
-        common.initialise(module, common.generator(0, "init", k))
+    for k in range(CHILDREN):
+        networks.load(k, common.fresh_state(args, data, k))
     return networks
 
 

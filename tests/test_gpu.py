@@ -19,11 +19,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def deterministic(capsys, request):
     """And no engine has fallen back to a slower one, but where that is the test."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.allow_tf32
-    common.set_numerics("fp32")
-    yield
-    cudnn.deterministic, cudnn.allow_tf32 = before
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
     if "cannot_be_recorded" not in request.node.name:
         assert "going on" not in capsys.readouterr().err
 
@@ -32,14 +29,13 @@ def training(engine, precision="fp32", rows=(0,), start=0, stop=50, watch=None, 
     device = torch.device("cuda")
     args = SimpleNamespace(
         seed=0, batch_size=32, momentum=0.9, weight_decay=1e-3, pad=1, flip=True,
-        engine=engine, precision=precision, checkpoint_every=1e9,
+        engine=engine, precision=precision, checkpoint_every=1e9, depth=8, width=16,
     )  # fmt: skip
     data = common.load_data("digits", common.HERE / "data", device)
-    networks = common.Networks(common.ResNet(8, 16, 1, 10), len(rows), device)
+    networks = common.Networks(common.make_model(args, data), len(rows), device)
     mask = torch.rand(networks.mask.shape[1], generator=torch.Generator().manual_seed(0)) < 0.8
     for r, replicate in enumerate(rows):
-        common.initialise(networks.modules[r], common.generator(0, "init", replicate))
-        networks.rewind(r, networks.snapshot(r), mask)
+        networks.rewind(r, common.fresh_state(args, data, replicate), mask)
     streams = [common.make_stream(args, data, r) for r in rows]
     schedule = common.step_schedule(0.1, (20, 40))
     return common.Training(
@@ -54,35 +50,22 @@ def finish(t, start=None):
     return t.networks
 
 
-def distance(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def test_engines_agree_to_rounding():
-    """Over two steps: a ReLU that falls the other way has grown to percents after fifty."""
-    a, b = (finish(training(engine, stop=2)) for engine in ("eager", "compiled"))
-    assert distance(b.weights, a.weights) < 1e-4
-    assert distance(b.batchnorm, a.batchnorm) < 1e-4
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_graph_gives_the_bits_of_the_compiled_steps(precision):
-    a, b = (finish(training(engine, precision)) for engine in ("compiled", "graph"))
+def test_the_graph_gives_the_bits_of_the_eager_steps(precision):
+    a, b = (finish(training(engine, precision)) for engine in ("eager", "graph"))
     assert torch.equal(a.weights, b.weights) and torch.equal(a.batchnorm, b.batchnorm)
 
 
 def test_the_device_gives_the_crops_and_orders_of_the_cpu():
     t = training("eager")
-    s = t.streams[0]
-    cpu = common.Stream(s.labels.cpu(), s.indices.cpu(), s.order, s.augment.cpu())
+    s, data = t.streams[0], t.data
+    cpu = common.Stream(s.labels.cpu(), s.indices.cpu(), s.order, s.augment)
     batch = common.batch_indices(s, 3, 60, 32)
     assert torch.equal(batch.cpu(), common.batch_indices(cpu, 3, 60, 32))
-    step, scaling = torch.tensor([7]), (t.data.scale, t.data.shift)
-    x = common.augment(t.data.train_images, batch[0], s.augment, step.cuda(), *scaling, 1, True)
-    y = common.augment.definition(
-        t.data.train_images.cpu(), batch[0].cpu(), cpu.augment, step,
-        *(v.cpu() for v in scaling), 1, True,
-    )  # fmt: skip
+    crops, wanted = (common.draw_crops(s.augment, 3, 60, 32, 1, True, d) for d in ("cuda", "cpu"))
+    assert torch.equal(crops.cpu(), wanted)
+    tensors = data.train_images, batch[4], crops[4], data.scale, data.shift
+    x, y = common.augment(*tensors), common.augment.definition(*(v.cpu() for v in tensors))
     torch.testing.assert_close(x.cpu(), y, rtol=0, atol=1e-6)
 
 
@@ -99,14 +82,14 @@ def test_resume_under_the_graph_gives_the_bits_of_an_undisturbed_training(tmp_pa
     whole = finish(training("graph", precision))
 
     run = runs.Run(tmp_path, 0, {"replicate": 0}, {})
-    bar = common.progress_bar(SimpleNamespace(quiet=True), 0)
+    bar = runs.progress_bar(SimpleNamespace(quiet=True), 0)
 
     def interrupt(step):
         if step == 17:
             runs.signals.number = signal.SIGTERM
 
     t = training("graph", precision, at=(17,))
-    with pytest.raises(SystemExit):
+    with pytest.raises(runs.Interrupted):
         common.fit(t, [run], "level00", bar, interrupt)
     runs.signals.number = 0
     again = training("graph", precision)
@@ -143,30 +126,31 @@ def test_the_rate_drops_at_exactly_its_step():
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
-def test_a_step_never_waits_for_the_device(engine):
+def test_a_step_never_waits_for_the_device(engine, monkeypatch):
     seen = []
 
-    def watch(networks, step, indices, logits):
-        seen.append(len(indices))
+    def watch(networks, row, step, indices, logits):
+        seen.append(row)
 
+    finish(training(engine, "bf16", rows=(0, 1), watch=watch, stop=12))  # builds what has to be
     t = training(engine, "bf16", rows=(0, 1), watch=watch, stop=12)
-    finish(t)  # builds and compiles what has to be
-    t = training(engine, "bf16", rows=(0, 1), watch=watch, stop=12)
-    inner = common.masked_sgd_
+    update, augment = common.masked_sgd_, common.augment
+
+    def last(*tensors):
+        update(*tensors)
+        torch.cuda.set_sync_debug_mode("default")
+
+    def first(*tensors):
+        torch.cuda.set_sync_debug_mode("error")
+        return augment(*tensors)
+
+    monkeypatch.setattr(common, "masked_sgd_", last)
+    monkeypatch.setattr(common, "augment", first)
     try:
-        common.masked_sgd_ = lambda *a: (inner(*a), torch.cuda.set_sync_debug_mode("default"))
-        original = common.augment
-
-        def strict(*a, **k):
-            torch.cuda.set_sync_debug_mode("error")
-            return original(*a, **k)
-
-        common.augment = strict
         finish(t)
     finally:
-        common.masked_sgd_, common.augment = inner, original
         torch.cuda.set_sync_debug_mode("default")
-    assert seen and set(seen) == {2}
+    assert set(seen) == {0, 1}
 
 
 def test_a_function_that_cannot_be_recorded_still_runs(capsys):
@@ -176,7 +160,7 @@ def test_a_function_that_cannot_be_recorded_still_runs(capsys):
         total.add_(1)
         total.item()  # waits for the device: not allowed in a graph
 
-    step = common.Captured(function)
+    step = common.Captured(function, common.cuda_streams(torch.device("cuda", 0))[0])
     for _ in range(6):
         step()
     assert total.item() == 6 and "going on without" in capsys.readouterr().err

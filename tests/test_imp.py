@@ -232,9 +232,8 @@ def test_controls_against_their_oracles(stage, tmp_path):
         stage("imp", *TINY, "--levels", 2, "--control", control)
     levels = {}
     for kind in ("", *imp.CONTROLS):
-        [folder] = tmp_path.glob(
-            f"results/imp/*/random128-rewind5-steps30{kind and '-' + kind}/rep0"
-        )
+        name = f"random128-rewind5-{kind + '-' * bool(kind)}steps30"
+        [folder] = tmp_path.glob(f"results/imp/*/{name}/rep0")
         levels[kind] = [runs.read_tensors(folder / f"level0{k}.pt") for k in range(3)]
     for k in range(3):
         counts = {kind: [int(m.sum()) for m in x[k]["mask"].values()] for kind, x in levels.items()}

@@ -44,14 +44,20 @@ def folder(out, name: str = "random128-rewind10", replicate: int = 0):
     return out / "lmc/digits-resnet8x4" / f"{name}-steps30-drops20" / f"rep{replicate}"
 
 
+def states(out, **where) -> list[dict]:
+    return [runs.read_tensors(folder(out, **where) / f"child{c}.pt")["model"] for c in range(3)]
+
+
+def as_module(out, state: dict) -> torch.nn.Module:
+    """A saved network in float64, in eval mode."""
+    module = common.make_model(*prepared(out))
+    missing = module.load_state_dict(state, strict=False).missing_keys
+    assert all(k.endswith("num_batches_tracked") for k in missing)
+    return module.double().eval()
+
+
 def children(out, **where) -> list[torch.nn.Module]:
-    """The children of a run as float64 modules in eval mode."""
-    args, data = prepared(out)
-    state = runs.read_tensors(folder(out, **where) / "children.pt")
-    networks = common.Networks(common.make_model(args, data), len(state["weights"]), args.device)
-    networks.weights.copy_(state["weights"])
-    networks.batchnorm.copy_(state["batchnorm"])
-    return [copy.deepcopy(m).double().eval() for m in networks.modules]
+    return [as_module(out, state) for state in states(out, **where)]
 
 
 def mixed(a, b, alpha: float) -> torch.nn.Module:
@@ -128,23 +134,25 @@ def test_supremum_per_pair_and_per_example(done, copied):
         assert pair["loss_barrier_at_alphas"][0] == pair["loss_barrier_at_alphas"][4] == 0
 
 
-def test_recompute_against_torch_cumulative_average(done):
+def test_recompute_against_the_mean_of_the_batches(done):
     out = done[0]
     args, data = prepared(out, "--batchnorm recompute")
-    state = runs.read_tensors(folder(out) / "children.pt")
-    found = lmc.measure(args, data, state["weights"], state["batchnorm"])
+    found = lmc.measure(args, data, states(out))
     order = common.generator(0, "sample").permutation(len(data.train_labels))
     batches = order[: len(order) // 64 * 64].reshape(-1, 64)
 
     def recomputed(module):
         module = copy.deepcopy(module).train()
-        for m in module.modules():
-            if isinstance(m, torch.nn.BatchNorm2d):
-                m.momentum, m.num_batches_tracked = None, torch.tensor(0)
-                m.reset_running_stats()
+        norms, seen = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)], []
+        for m in norms:
+            m.momentum = 1.0  # the statistics of the last batch alone
         for i in batches:
             x = data.train_images[torch.from_numpy(i)].double() * data.scale + data.shift
             module(x.permute(0, 3, 1, 2))
+            seen.append([(m.running_mean.clone(), m.running_var.clone()) for m in norms])
+        for k, m in enumerate(norms):
+            m.running_mean.copy_(sum(x[k][0] for x in seen) / len(seen))
+            m.running_var.copy_(sum(x[k][1] for x in seen) / len(seen))
         return module.eval()
 
     ends = children(out)
@@ -159,11 +167,10 @@ def test_recompute_against_torch_cumulative_average(done):
 def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
     out = done[0]
     args, data = prepared(out, f"--batchnorm {batchnorm} --alphas 3")
-    state = runs.read_tensors(folder(out) / "children.pt")
-    w, b = state["weights"], state["batchnorm"]
-    same = lmc.measure(args, data, w[[0, 0]], b[[0, 0]])
+    first, second, _ = states(out)
+    same = lmc.measure(args, data, [first, first])
     assert not same["loss_barrier_pairs"].any() and not same["error_barrier_pairs"].any()
-    one, other = (lmc.measure(args, data, w[k], b[k]) for k in ([0, 1], [1, 0]))
+    one, other = (lmc.measure(args, data, x) for x in ([first, second], [second, first]))
     assert np.array_equal(one["loss_barrier_pairs"], other["loss_barrier_pairs"])
     assert one["loss_at"][0].any() and not one["loss_at"][:, [0, 2]].any()  # the ends' own losses
     assert one["train_loss"] == other["train_loss"][::-1]
@@ -172,15 +179,14 @@ def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
 @pytest.mark.parametrize(("alphas", "passes"), ((1, 6), (5, 12)))
 def test_every_network_runs_once(done, monkeypatch, alphas, passes):
     args, data = prepared(done[0], f"--alphas {alphas}")
-    state, seen = runs.read_tensors(folder(done[0]) / "children.pt"), []
-    usual = common.predict
+    seen, usual = [], common.predict
 
     def predict(networks, data, images):
         seen.append(networks.rows * len(images))
         return usual(networks, data, images)
 
     monkeypatch.setattr(common, "predict", predict)
-    lmc.measure(args, data, state["weights"], state["batchnorm"])
+    lmc.measure(args, data, states(done[0]))
     assert sum(seen) == passes * len(data.train_labels)
 
 
@@ -188,11 +194,9 @@ def test_child_0_is_level_0_of_imp_and_a_parent_is_the_same_w_tr(done, copied):
     out, results = done
     [dense] = imp.main(parse(out, "--rewind 10 --levels 0", imp))
     where = folder(out)
-    mine = runs.read_tensors(where / "children.pt")
-    level = runs.read_tensors(out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt")
-    assert torch.equal(mine["weights"][0], level["weights"])
-    assert torch.equal(mine["batchnorm"][0], level["batchnorm"])
-    assert not torch.equal(mine["weights"][0], mine["weights"][1])
+    level = out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt"
+    model, (first, second, _) = runs.read_tensors(level)["model"], states(out)
+    assert runs.fingerprint(first) == runs.fingerprint(model) != runs.fingerprint(second)
     assert results[2]["pretrain"]["fingerprint"] == dense["pretrain"]["fingerprint"]
     line = f"--width 4 --steps 30 --milestones 20 --quiet --out {copied} --parent"
     args = lmc.flags().parse_args([*line.split(), str(where.parent)])
@@ -204,7 +208,7 @@ def test_child_0_is_level_0_of_imp_and_a_parent_is_the_same_w_tr(done, copied):
 def test_children_draw_other_batches_and_crops(tmp_path):
     args, data = prepared(tmp_path)
     streams = [common.make_stream(args, data, 0, c) for c in range(3)]
-    assert len({s.order for s in streams}) == len({tuple(s.augment.tolist()) for s in streams}) == 3
+    assert len({s.order for s in streams}) == len({s.augment for s in streams}) == 3
     assert all(torch.equal(s.indices, streams[0].indices) for s in streams)
 
 
@@ -244,7 +248,7 @@ def test_measuring_again_trains_nothing(copied, monkeypatch):
 
 @pytest.mark.parametrize("stop", (1, 2, 3))
 def test_resumes_to_the_same_bits(done, tmp_path, monkeypatch, stop):
-    usual, calls = common.Run.checkpoint, []
+    usual, calls = runs.Run.checkpoint, []
 
     def checkpoint(run, *state):
         usual(run, *state)
@@ -252,7 +256,7 @@ def test_resumes_to_the_same_bits(done, tmp_path, monkeypatch, stop):
         if len(calls) == stop:
             raise SystemExit(143)
 
-    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(runs.Run, "checkpoint", checkpoint)
     line = "--rewind 10 --replicate 1 --checkpoint-every 0"
     with pytest.raises(SystemExit):
         lmc.main(parse(tmp_path, line))
@@ -305,13 +309,42 @@ def test_a_parent_that_does_not_fit(done, tmp_path):
     state = runs.read_tensors(parent)
     runs.write_tensors(other, state | {"data": "0123456789abcdef"})
     cases = {
-        "--steps 30 --width 8": "its network is",
+        "--steps 30 --width 8": "stem.0.weight has shape",
         f"{narrow} --rewind 5": "trained for 10 steps",
         f"{narrow} --rewind 0,10": "one spawn point",
         "--steps 10 --width 4": "trained to step 10",
-        f"{narrow} --parent {other}": "its data is",
+        f"{narrow} --parent {other}": "made from other data",
         f"{narrow} --parent {tmp_path / 'none.pt'}": "does not exist",
     }
     for line, told in cases.items():
         with pytest.raises(runs.UserError, match=told):
             lmc.main(lmc.flags().parse_args([*base.split(), *line.split()]))
+
+
+def test_between_saved_levels(tmp_path, capsys):
+    imp.main(parse(tmp_path, "--rewind 10 --levels 1", imp))
+    levels = sorted(tmp_path.glob("imp/*/*/rep0/level0?.pt"))
+    base = ["--steps", "30", "--milestones", "20", "--batch-size", "64", "--quiet"]
+
+    def between(*words):
+        words = [*base, "--out", tmp_path, "--between", *words]
+        return lmc.main(lmc.flags().parse_args([str(w) for w in words]))
+
+    [result] = between(*levels, "--width", 4)
+    networks = [runs.read_tensors(path)["model"] for path in levels]
+    args, data = prepared(tmp_path)
+    measured = lmc.measure(args, data, networks)
+    where = next(tmp_path.glob("lmc/*/between-level00+level01-*/rep0"))
+    saved = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
+    for kind, array in zip(("loss", "error"), saved, strict=True):
+        assert np.array_equal(array, measured[f"{kind}_barrier_pairs"])
+        assert result["pairs"][0][f"{kind}_barrier"] == measured[f"{kind}_at"].item()
+    agree(
+        np.array(saved),
+        barriers([as_module(tmp_path, x) for x in networks], data, [0.5])[:, :, 0],
+    )
+    assert str(levels[1]) in capsys.readouterr().out
+    with pytest.raises(runs.UserError, match="two files or more"):
+        between(levels[0], "--width", 4)
+    with pytest.raises(runs.UserError, match=r"stem\.0\.weight has shape"):
+        between(*levels, "--width", 8)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import common
+import el2n
 import runs
 import warmup
 
@@ -84,17 +85,22 @@ def test_top_eigenvalue_against_the_dense_hessian(norm):
 
 
 def test_top_eigenvalue_of_a_resnet(tmp_path):
+    args = parse(tmp_path, "--width 1")
+    data = warmup.prepare(args)
+    data.classes = data.classes[:3]
+    module = common.make_model(args, data)
+    module.load_state_dict(common.fresh_state(args, data, 0))
     torch.manual_seed(0)
-    module = common.ResNet(8, 1, 1, 3)
-    common.initialise(module, common.generator(0, "init"))
     x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,))
     assert top(module, x, y)[1] == pytest.approx(dense_spectrum(module, x, y)[-1], rel=1e-3)
 
 
-def test_measuring_leaves_the_network_as_it_was():
-    networks = common.Networks(common.ResNet(8, 2, 1, 3), 2, torch.device("cpu"))
-    for r, module in enumerate(networks.modules):
-        common.initialise(module, common.generator(r, "init"))
+def test_measuring_leaves_the_network_as_it_was(tmp_path):
+    args = parse(tmp_path)
+    data = warmup.prepare(args)
+    networks = common.Networks(common.make_model(args, data), 2, torch.device("cpu"))
+    for r in range(2):
+        networks.load(r, common.fresh_state(args, data, r))
     names = ("weights", "momentum", "gradient", "batchnorm")
     before = {k: getattr(networks, k).clone() for k in names}
     x, y = torch.randn(8, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -147,7 +153,7 @@ def test_phases_are_one_training_with_momentum_and_order_kept(tmp_path):
     [result] = warmup.main(copy.copy(one))
     data = warmup.prepare(one)
     networks = common.Networks(common.make_model(one, data), 1, one.device)
-    common.initialise(networks.modules[0], common.generator(0, "init"))
+    networks.load(0, common.fresh_state(one, data, 0))
 
     def rate(s):
         return 0.4 * s / 18 if s < 18 else 0.4 * 0.1 ** ((s >= 20) + (s >= 30))
@@ -193,7 +199,7 @@ def whole(tmp_path_factory):
 # Files in order: replicate 0's and 1's at step 10, at step 18, warm.pt; then at steps 20, 30, 40.
 @pytest.mark.parametrize("stop", (1, 5, 9))
 def test_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, stop):
-    calls, usual = [], common.Run.save
+    calls, usual = [], runs.Run.save
 
     def save(run, *state):
         usual(run, *state)
@@ -201,7 +207,7 @@ def test_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, stop):
         if len(calls) == stop:
             raise SystemExit(143)
 
-    monkeypatch.setattr(common.Run, "save", save)
+    monkeypatch.setattr(runs.Run, "save", save)
     line = "--replicate 0-1 --checkpoint-every 0"
     with pytest.raises(SystemExit):
         warmup.main(parse(tmp_path, line))
@@ -235,24 +241,22 @@ def test_chance_is_an_outcome(tmp_path, monkeypatch):
 
 
 def test_the_paper_settings_and_those_of_the_scores(tmp_path, monkeypatch):
-    ours = warmup.OURS["cifar10-warmup"]
+    ours = warmup.PRESETS["cifar10"]
     assert (ours.batch_size, ours.steps, ours.milestones) == (1024, 7840, (3920, 5880))
     assert (ours.lr, ours.depth, ours.momentum, ours.weight_decay) == (3.2, 20, 0.9, 1e-4)
-    asked, usual = [], common.read_scores
-    path = tmp_path / "scores.npy"
+    usual = el2n.flags().parse_args(["--out", str(tmp_path)])
+    common.fill(usual)
+    seen = []
 
     def read_scores(args, data):
-        asked.append((args.batch_size, args.lr, args.preset))
-        if len(asked) == 1:
-            path.parent.mkdir(exist_ok=True)
-            np.save(path, np.arange(1437.0))
-        return usual(args, data) if args.scores else np.load(path)
+        seen.append((common.score_settings(args), common.scores_path(args)))
+        return np.arange(1437.0)
 
     monkeypatch.setattr(common, "read_scores", read_scores)
-    monkeypatch.setattr(common, "scores_path", lambda *_: path)
     args = warmup.flags().parse_args(["--quiet", "--out", str(tmp_path)])
     data = warmup.prepare(args)
-    assert asked[0] == (64, 0.1, "digits")  # Table 1's, not warmup's
+    assert seen == [(common.score_settings(usual), common.scores_path(usual))]
+    assert (seen[0][0]["batch_size"], seen[0][0]["lr"]) == (64, 0.1)  # Table 1's, not warmup's
     assert (args.batch_size, args.lr, args.warmup) == (128, 4.0, (0, 80))
     assert np.array_equal(data.scores, np.arange(1437.0))
 
