@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -22,7 +23,9 @@ from test_common import tiny_training
 from torture import first_difference, state_of
 
 import common
-from common import UserError
+import imp
+import runs
+from runs import UserError
 
 ROOT = common.HERE
 SMALL = ("--width", 4, "--batch-size", 32, "--steps", 16, "--milestones", 12)
@@ -108,8 +111,8 @@ REBUILT = {
     "imp/*/*/rep0/level01.pt": ("imp", "../rep1/level01.pt", "level02.pt"),
     "imp/*/*/rep0/level02.pt": ("imp", "../rep1/level02.pt", "level01.pt"),
     "lmc/*/*/rep1/result.json": ("lmc", "../rep0/result.json", "config.json"),
-    "lmc/*/*/rep1/pretrained.pt": ("lmc", "../rep0/pretrained.pt", "children.pt"),
-    "lmc/*/*/rep1/children.pt": ("lmc", "../rep0/children.pt", "pretrained.pt"),
+    "lmc/*/*/rep1/pretrained.pt": ("lmc", "../rep0/pretrained.pt", "child0.pt"),
+    "lmc/*/*/rep1/child0.pt": ("lmc", "../rep0/child0.pt", "child1.pt"),
     "lmc/*/*/rep1/loss_barrier.npy": ("lmc", "../rep0/loss_barrier.npy", "result.json"),
     "lmc/*/*/scores.npy": ("lmc", "rep0/loss_barrier.npy", "scores.json"),
     "lmc/*/*/scores.json": ("lmc", "rep0/result.json", "scores.npy"),
@@ -132,7 +135,7 @@ def test_damage_is_noticed_and_made_good(done, copied, capsys, pattern, stage, d
         path.with_name("result.json").unlink()
     call(RUNS[stage], copied)
     if path.suffix != ".npy" and "scores" not in path.name:
-        assert re.search(f"{path.name} .*: left aside", capsys.readouterr().err)
+        assert re.search(f"{path.name} .*: ignored; it will be made again", capsys.readouterr().err)
     after = state_of(copied)
     assert after == done[1], first_difference(done[1], after)
 
@@ -185,22 +188,12 @@ def test_a_fresh_start_that_is_killed_mixes_nothing(copied, monkeypatch, killed_
 @pytest.mark.parametrize("damage", [cut, flip, empty, "swapped", "both"])
 def test_checkpoints_are_of_their_run_and_step(done, tmp_path, monkeypatch, capsys, damage):
     """A run stopped in level 1, then one or both of its checkpoints damaged or another run's."""
-    out, train = tmp_path / "results", common.train
-    levels = itertools.count()
-
-    def stopping(t, *start):
-        level = next(levels)
-        for k, step in enumerate(train(t, *start)):
-            if level == 2 and k == 1:
-                common.signals.number = 15
-            yield step
-
-    flags = (*RUNS["imp"], "--checkpoint-every", 0)
-    with monkeypatch.context() as m:
-        m.setattr(common, "train", lambda t, *s: stopping_steps(t, stopping, *s))
-        with pytest.raises(SystemExit):
-            call(flags, out)
-    common.signals.number = 0
+    out = tmp_path / "results"
+    with monkeypatch.context() as m:  # 4 steps before, 12 a level; a checkpoint after every 2
+        m.setattr(common, "train", stop_at(4 + 12 + 6, 2))
+        with pytest.raises(runs.Interrupted):
+            call((*RUNS["imp"], "--checkpoint-every", 0), out)
+    monkeypatch.setattr(runs.signals, "number", 0)
     rep0, rep1 = sorted(out.glob("imp/*/*/rep?"))
     assert (rep0 / "checkpoint.pt").exists() and (rep0 / "checkpoint-before.pt").exists()
     names = ("checkpoint.pt", "checkpoint-before.pt") if damage == "both" else ("checkpoint.pt",)
@@ -209,18 +202,26 @@ def test_checkpoints_are_of_their_run_and_step(done, tmp_path, monkeypatch, caps
             shutil.copy(rep1 / "checkpoint.pt", rep0 / name)
         else:
             (rep0 / name).write_bytes(damage(rep0 / name, (rep0 / name).read_bytes()))
-    call(flags, out)
-    assert "left aside" in capsys.readouterr().err
+    call(RUNS["imp"], out)
+    assert "ignored; it will be made again" in capsys.readouterr().err
     after = state_of(out)
     expected = {k: v for k, v in done[1].items() if k.startswith("imp/")}
     assert after == expected, first_difference(expected, after)
 
 
-def stopping_steps(t, stopping, *start):
-    """Reports at every fourth step, so that a level of 12 steps has several checkpoints."""
-    at, t.at = t.at, frozenset(range(t.start, t.stop, 4)) | t.at
-    yield from stopping(t, *start)
-    t.at = at
+def stop_at(limit: int, every: int):
+    """`common.train`, reporting at every `every` steps and signalled once `limit` are taken."""
+    train, taken = common.train, [0]
+
+    def stopping(t, start):
+        at, t.at = t.at, frozenset(range(t.start, t.stop, every)) | t.at
+        for step in train(t, start):
+            taken[0] += every
+            runs.signals.number = 15 * (taken[0] >= limit)
+            yield step
+        t.at = at
+
+    return stopping
 
 
 @pytest.fixture(scope="module")
@@ -326,12 +327,12 @@ def test_pickles_of_cifar_are_checked_before_they_are_opened(
 
 def test_the_second_process_is_told_who_holds_a_folder(tmp_path):
     with (
-        common.lock(tmp_path / ".lock"),
+        runs.lock(tmp_path / ".lock"),
         pytest.raises(
             UserError,
             match=rf"{tmp_path} is in use by process {os.getpid()} on \S+ since 20\d\d-\d\d-\d\d ",
         ),
-        common.lock(tmp_path / ".lock"),
+        runs.lock(tmp_path / ".lock"),
     ):
         pass
 
@@ -339,7 +340,7 @@ def test_the_second_process_is_told_who_holds_a_folder(tmp_path):
 @pytest.mark.parametrize("left", [b"process 1 on another-host since 2020-01-01", b"\xff\x00", b""])
 def test_a_lock_that_a_crash_left_is_taken_over(tmp_path, left):
     (tmp_path / ".lock").write_bytes(left)
-    with common.lock(tmp_path / ".lock"):
+    with runs.lock(tmp_path / ".lock"):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -348,22 +349,66 @@ def test_file_systems_without_locks_are_told_of_and_used(tmp_path, monkeypatch, 
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with common.lock(tmp_path / ".lock"):
+    with runs.lock(tmp_path / ".lock"):
         pass
-    assert "no locks (No locks available); make sure that one process" in capsys.readouterr().err
+    assert "no locks (No locks available); only one process may" in capsys.readouterr().err
 
 
-def test_a_data_folder_to_read_from_needs_no_lock(tmp_path, monkeypatch):
-    def refuse(path, *args, **kwargs):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    monkeypatch.setattr(common, "open", refuse, raising=False)
+def test_a_folder_to_read_from_needs_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *a: False)
-    with common.lock(tmp_path / ".cifar10.lock", wait=True):
-        pass
-    monkeypatch.setattr(os, "access", lambda *a: True)
-    with pytest.raises(OSError, match="Read-only"), common.lock(tmp_path / ".lock", wait=True):
-        pass
+    with runs.lock(tmp_path / ".cifar10.lock", wait=True):
+        assert not list(tmp_path.iterdir())
+
+
+# ---- signals, memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_step_saves_a_checkpoint_with_the_alarm_off(tmp_path, monkeypatch, number):
+    checkpoint, augment, seen, timers = runs.Run.checkpoint, common.augment, itertools.count(), []
+
+    def augment_and_signal(*args, **kwargs):
+        if next(seen) == 9:
+            os.kill(os.getpid(), number)
+            timers.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        return augment(*args, **kwargs)
+
+    def save(run, *args):
+        timers.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        checkpoint(run, *args)
+
+    monkeypatch.setattr(common, "augment", augment_and_signal)
+    monkeypatch.setattr(runs.Run, "checkpoint", save)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    words = [*map(str, IMP[1:]), "--out", str(tmp_path), "--quiet", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["imp.py", *words])
+    with pytest.raises(SystemExit) as e:
+        runs.run_stage(imp.main, imp.flags())
+    assert e.value.code == 128 + number
+    assert 0 < timers[0] <= runs.Signals.PATIENCE and timers[1:] == [0]
+    [path] = tmp_path.rglob("checkpoint.pt")
+    assert (runs.read_tensors(path)["phase"], runs.read_tensors(path)["step"]) == ("level00", 10)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("x"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("expected a contiguous memory format"), False),
+    ],
+)
+def test_only_a_lack_of_memory_is_called_one(monkeypatch, capsys, error, told):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["imp.py"])
+    with pytest.raises(SystemExit if told else RuntimeError):
+        runs.run_stage(fail, imp.flags())
+    assert capsys.readouterr().err.startswith("imp.py: error: not enough memory" * told)
 
 
 # ---- numbers that are none -----------------------------------------------------------------------
@@ -374,16 +419,15 @@ def test_a_data_folder_to_read_from_needs_no_lock(tmp_path, monkeypatch):
 def test_a_row_that_goes_wrong_stops_alone(tmp_path, bad, step, told):
     """A gradient of row 0 spoiled in one step, also in the last, after which no loss is taken."""
 
-    def spoil(networks, now, indices, logits):
-        if now.item() == step and networks.rows == 2:
+    def spoil(networks, row, now, indices, logits):
+        if now.item() == step and networks.rows == 2 and row == 0:
             networks.gradient[0, 7] = bad
 
     rows = []
     for replicates in ((0, 1), (1,)):
         t = tiny_training(replicates, stop=12, watch=spoil)
-        run = common.Run(tmp_path / str(len(rows)), 0, {"replicate": 0}, {})
-        bar = common.progress_bar(type("A", (), {"quiet": True}), 0)
-        common.fit(t, [run], "level00", bar)
+        run = runs.Run(tmp_path / str(len(rows)), 0, {"replicate": 0}, {})
+        common.fit(t, [run], "level00", runs.progress_bar(0, quiet=True))
         run.held.close()
         rows.append(t.networks)
     assert rows[0].diverged.tolist() == [told, -1]
@@ -396,54 +440,63 @@ def test_no_accuracy_of_a_pretraining_that_diverges(tmp_path, flags, monkeypatch
     """result.json has no number of it."""
     fit = common.fit
 
-    def fit_and_spoil(t, runs, phase, *more):
+    def fit_and_spoil(t, group, phase, *more):
         if phase == "pretrain":
             t.networks.weights[0, 0] = math.nan
-        fit(t, runs, phase, *more)
+        fit(t, group, phase, *more)
 
     monkeypatch.setattr(common, "fit", fit_and_spoil)
     with pytest.raises(UserError, match="pre-training diverged at step 0"):
         call((*IMP[:5], *flags, "--levels", 1, *SMALL), tmp_path)
     [path] = tmp_path.rglob("result.json")
-    result = common.read_json(path)
+    result = runs.read_json(path)
     assert result["pretrain"]["test_accuracy"] is None and result["levels"] == []
 
 
-# ---- versions, the log ---------------------------------------------------------------------------
+# ---- formats, the log ----------------------------------------------------------------------------
 
 
-def test_the_next_version_reads_what_this_one_wrote(done, copied, monkeypatch):
-    monkeypatch.setattr(common, "VERSION", common.VERSION + 1)
-    for path in copied.glob("imp/*/*/rep*/result.json"):
-        path.unlink()
-    results = call(RUNS["imp"], copied)
-    for r, result in enumerate(results):
-        [name] = [k for k in done[1] if re.match(rf"imp/.*/rep{r}/result\.json", k)]
-        assert [x["test_accuracy"] for x in result["levels"]] == [
-            x["test_accuracy"] for x in done[1][name]["levels"]
-        ]
-
-
+@pytest.mark.parametrize(("number", "age"), [(1, "an older"), (3, "a newer")])
 @pytest.mark.parametrize("name", ["config.json", "result.json", "level01.pt", "pretrained.pt"])
-def test_files_of_a_newer_version_are_refused_and_left(copied, monkeypatch, name):
+def test_files_of_another_format_are_refused_and_left(copied, monkeypatch, name, number, age):
     [folder] = copied.glob("imp/*/*/rep0")
+    path, kind = folder / name, "json" if name.endswith("json") else "tensors"
+    value = getattr(runs, f"read_{kind}")(path)
+    value.pop("format", None)
     with monkeypatch.context() as m:
-        m.setattr(common, "VERSION", common.VERSION + 1)
-        read, write = (
-            (common.read_json, common.write_json)
-            if name.endswith("json")
-            else (common.read_tensors, common.write_tensors)
-        )
-        value = read(folder / name)
-        value.pop("version", None)
-        write(folder / name, value)
-    if name.endswith(".pt"):
+        m.setattr(runs, "FORMAT", number)
+        getattr(runs, f"write_{kind}")(path, value)
+    if kind == "tensors":
         (folder / "result.json").unlink()
-    content = (folder / name).read_bytes()
-    told = rf"{re.escape(name)} was written by a newer version of these scripts \(2, this is 1\)"
-    with pytest.raises(UserError, match=told):
+    content = path.read_bytes()
+    match = rf"{re.escape(name)} was written by {age} version .*\(format {number}, this reads 2\)"
+    with pytest.raises(runs.FormatError, match=match):
         call(RUNS["imp"], copied)
-    assert (folder / name).read_bytes() == content
+    assert path.read_bytes() == content
+
+
+def test_a_folder_of_the_first_format_is_refused_in_one_line(copied):
+    """There the number was called "version"."""
+    [path] = copied.glob("imp/*/*/rep0/config.json")
+    value = {"version": 1, "settings": {"dataset": "digits"}, "environments": []}
+    path.write_text(json.dumps(value | {"sha256": runs.fingerprint(value)}))
+    done = command(copied)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "config.json was written by an older version of these scripts (format 1" in done.stderr
+
+
+def command(out: Path, **environment: str) -> subprocess.CompletedProcess:
+    """imp.py with the flags of RUNS, as a process of its own."""
+    words = [sys.executable, "imp.py", *map(str, RUNS["imp"][1:]), "--out", str(out), "--quiet"]
+    kept = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run([*words, "--device", "cpu"], cwd=ROOT, **kept)
+
+
+def test_going_on_with_other_instructions_is_told_of(copied):
+    done = command(copied, ONEDNN_MAX_CPU_ISA="AVX")
+    lines = [x for x in done.stderr.splitlines() if "what is left may differ in bits" in x]
+    assert done.returncode == 0 and len(lines) == 2, done.stderr  # a line each run
+    assert all(re.search(r"device .* SSE41, now .* AVX;", x) for x in lines)
 
 
 def test_results_say_where_they_were_made(copied, monkeypatch):

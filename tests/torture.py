@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import common  # noqa: E402
+import runs  # noqa: E402
 
 SMALL = ("--width", "4", "--batch-size", "32", "--steps", "40", "--milestones", "30")
 CASES = {  # name -> stage and flags, short enough to be killed often
@@ -52,7 +53,7 @@ CASES = {  # name -> stage and flags, short enough to be killed often
     "pretrain": "pretrain --subset random --size 64 --rewind 30 --track gradient-norm,coherence "
     "--every 10",
 }
-TIMES = {"seconds", "steps_per_second", "sha256", "environments"}
+VARIES = {"seconds", "steps_per_second", "sha256", "environments", "run", "file"}
 
 
 class Failed(Exception):
@@ -76,7 +77,7 @@ def start(words: list[str], log: Path, prepare: Callable[[], Any] = lambda: None
         sys.argv = [f"{words[0]}.py", *words[1:]]
         module = __import__(words[0])
         prepare()
-        common.run_stage(module.main, module.flags())
+        runs.run_stage(module.main, module.flags())
         status = 0
     except SystemExit as e:
         status = e.code or 0
@@ -155,12 +156,12 @@ class Case:
 
 
 def plain(value: Any) -> Any:
-    """A value of a file with tensors as fingerprints and without what a clock says."""
+    """A value of a file with tensors as fingerprints and without what equal runs do not share."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if k not in TIMES}
+        return {k: plain(v) for k, v in value.items() if k not in VARIES}
     if isinstance(value, list):
         return [plain(v) for v in value]
-    return common.fingerprint(value) if isinstance(value, torch.Tensor) else value
+    return runs.fingerprint(value) if isinstance(value, torch.Tensor) else value
 
 
 def state_of(out: Path) -> dict[str, Any]:
@@ -169,12 +170,12 @@ def state_of(out: Path) -> dict[str, Any]:
     for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock"):
         name = str(path.relative_to(out))
         if path.suffix == ".pt":
-            state[name] = plain(common.read_tensors(path))
+            state[name] = plain(runs.read_tensors(path))
         elif path.suffix == ".json":
-            state[name] = plain(common.read_json(path))
+            state[name] = plain(runs.read_json(path))
         elif path.suffix == ".csv":
             rows = [line.split(",") for line in path.read_text().splitlines()]
-            keep = [k for k, column in enumerate(rows[0]) if column not in TIMES]
+            keep = [k for k, column in enumerate(rows[0]) if column not in VARIES]
             state[name] = [[row[k] for k in keep] for row in rows]
         else:
             state[name] = path.read_bytes()
@@ -224,13 +225,13 @@ def crash(at: int, count: Path | None = None) -> None:
             point()
         whole_unlink(path, missing_ok)
 
-    whole_write, whole_replace, whole_unlink = common.write, os.replace, Path.unlink
-    common.write, os.replace, Path.unlink = write, replace, unlink
+    whole_write, whole_replace, whole_unlink = runs.write, os.replace, Path.unlink
+    runs.write, os.replace, Path.unlink = write, replace, unlink
 
 
 def refuse(at: int, number: int) -> None:
     """Lets write number `at` of this process, and all later ones, fail after half of it."""
-    seen, whole_write = itertools.count(), common.write
+    seen, whole_write = itertools.count(), runs.write
 
     def write(path: Path, fill: Callable) -> None:
         def half(f) -> None:
@@ -241,12 +242,12 @@ def refuse(at: int, number: int) -> None:
 
         whole_write(path, half)
 
-    common.write = write
+    runs.write = write
 
 
 def kills(cases: list[Case], draw: random.Random, count: int, until: float | None) -> str:
     """SIGKILL at random times and file operations; each run is started again until it is done."""
-    began, killed, starts, runs, by_case = time.monotonic(), 0, 0, 0, dict.fromkeys(CASES, 0)
+    began, killed, starts, finished, by_case = time.monotonic(), 0, 0, 0, dict.fromkeys(CASES, 0)
     for case in itertools.cycle(cases):
         if (killed >= count) if until is None else (time.monotonic() > until):
             break
@@ -276,10 +277,10 @@ def kills(cases: list[Case], draw: random.Random, count: int, until: float | Non
             killed, left = killed + 1, left - 1
             by_case[case.name] += 1
         shutil.rmtree(out)
-        runs += 1
+        finished += 1
     told = ", ".join(f"{n} {k}" for k, n in by_case.items() if n)
     return (
-        f"{killed} kills ({told}), {starts} starts, {runs} runs done, all as if undisturbed; "
+        f"{killed} kills ({told}), {starts} starts, {finished} runs done, all as if undisturbed; "
         f"{time.monotonic() - began:.0f} s"
     )
 
@@ -298,9 +299,7 @@ def signals(cases: list[Case], draw: random.Random, count: int) -> str:
             pid = case.start(out, hook or (lambda: None), "--checkpoint-every", "1e9")
             before = time.monotonic()
             if not in_step and sent < count:
-                time.sleep(
-                    0.05 + case.seconds * draw.random()
-                )  # the handlers are installed by then
+                time.sleep(0.05 + case.seconds * draw.random())  # handlers are installed by then
                 before = time.monotonic()
                 os.kill(pid, number)
             status = wait(pid, 60, case.log)
@@ -500,7 +499,7 @@ def long_life(place: Path, short: bool) -> str:
 
 def sample(path: Path) -> None:
     """At every file that this process writes, its memory (MiB) and open files go to `path`."""
-    write, page = common.write, os.sysconf("SC_PAGE_SIZE")
+    write, page = runs.write, os.sysconf("SC_PAGE_SIZE")
 
     def write_and_tell(*args) -> None:
         write(*args)
@@ -508,7 +507,7 @@ def sample(path: Path) -> None:
         with open(path, "a") as f:
             f.write(f"{resident} {len(os.listdir('/proc/self/fd'))}\n")
 
-    common.write = write_and_tell
+    runs.write = write_and_tell
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -537,7 +536,7 @@ def main() -> int:
         if allowed.returncode == 0:
             os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
     torch.set_num_threads(1)
-    common.csrc_ops()  # built once, before the forks
+    common.operations()  # built once, before the forks
     for stage in {words.split()[0] for words in CASES.values()}:
         __import__(stage)
     draw, place = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="torture-"))
