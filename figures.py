@@ -302,6 +302,9 @@ def paper_curves(dataset: str) -> dict[tuple, Curve]:
             c, k = curves.setdefault(key, Curve(*key)), int(r["level"])
             c.points[k] = paper_stat(r["accuracy_mean"], r["accuracy_std"], r["replicates"])
             c.remaining[k] = float(r["weights_remaining"])
+    if dataset == "cifar10":  # the easy subsets of these curves were class-balanced: README.md
+        easy = [c for key, c in curves.items() if key[0] == "easy" and key[3:] == (0, "el2n", "")]
+        curves |= {(*c.key[:4], "el2n balanced", ""): c for c in easy}
     return curves
 
 
@@ -401,7 +404,7 @@ def compare(
     a: Curve, b: Curve, curves: list[Curve], data: str, levels: Iterable[int] = (), slack=1.0
 ) -> dict:
     """One row of the table of verdicts, over `levels`, or all but 0."""
-    dense, star = dense_of(curves, data), star_of(curves)
+    dense, star = dense_of(curves, data, a.noise), star_of(curves, a.noise)
     chosen = [k for k in a.points if (k in levels if levels else k > 0)]
     common_levels = [k for k in chosen if k in b.points]
     gaps = {k: a.points[k].mean - b.points[k].mean for k in common_levels}
@@ -536,6 +539,11 @@ def usual(curves: Iterable[Curve], noise: bool = False) -> list[Curve]:
     return [c for c in alike if bool(c.noise) == noise]
 
 
+def balanced(curves: Iterable[Curve]) -> list[Curve]:
+    """Easy and hard subsets by EL2N within each class."""
+    return [c for c in curves if (c.noise, c.metric, c.control) == (0, "el2n balanced", "")]
+
+
 def main_setting(curves: list[Curve]) -> tuple[int, int]:
     """Size and rewind step of Figure 2: a preset's if it is there, else the most frequent."""
     found = Counter((c.size, c.rewind) for c in curves if c.subset != "all")
@@ -562,11 +570,13 @@ def by_size(r: Results, noisy: bool, everything: bool) -> Pictures:
         for ax, (noise, t, size) in zip(axes, settings, strict=True):
             shown = [c for c in full if not noise or c.rewind == 0]
             shown += [c for c in mine if noise and c.subset == "all" and c.noise == noise]
-            shown += [c for c in mine if size and (c.noise, c.rewind, c.size) == (noise, t, size)]
+            ranked = mine + balanced(curves) * bool(size)
+            shown += [c for c in ranked if size and (c.noise, c.rewind, c.size) == (noise, t, size)]
             title = f"{size} examples, {t} steps" if size else "all data"
             title += f", {noise:.0%} noise" * bool(noise)
             if not (noisy or everything):
-                shown += [c for c in curves if c.control and c.size in (0, size)] + init
+                tickets = {c.key for c in shown}
+                shown += [c for c in curves if c.control and (*c.key[:-1], "") in tickets] + init
             dense = dense_of(curves, paper, noise)
             draw_levels(ax, shown, paper_curves(paper), dense, title)
         yield name, figure
@@ -587,17 +597,18 @@ def fig3(r: Results) -> Pictures:
         levels = (8, 10, 12) if last >= 12 else sorted({last, -(-2 * last // 3), -(-last // 3)})
         figure, axes = panels(len(ranked) * len(levels), len(levels))
         for ax, (t, k) in zip(axes, itertools.product(ranked, levels), strict=True):
-            for subset in SUBSETS[1:]:
-                ours, behind = (
+            for subset, metric in [(x, "el2n") for x in SUBSETS[1:]] + [("easy", "el2n balanced")]:
+                behind, ours = (
                     {c.size: c.points[k] for c in sorted(cs, key=lambda c: c.size)
-                     if (c.subset, c.rewind) == (subset, t) and k in c.points}
-                    for cs in (mine, theirs)
+                     if (c.subset, c.rewind, c.metric) == (subset, t, metric) and k in c.points}
+                    for cs in (theirs, mine + balanced(curves))
                 )  # fmt: skip
-                style = look(Curve(subset, 0, 0, 0, "el2n"))
-                draw_paper(ax, behind, style)
+                kind = Curve(subset, 0, 0, 0, metric)
+                draw_paper(ax, behind, look(kind))
                 if ours:
                     n = sorted({p.n for p in ours.values()})
-                    draw(ax, ours, style, f"{subset} (n={'-'.join(map(str, n))})")
+                    label = subset + metric.removeprefix("el2n")
+                    draw(ax, ours, look(kind), f"{label} (n={'-'.join(map(str, n))})")
             full = [c for c in all_data(mine) if k in c.points]
             for c in full:
                 style = {**look(c, full), "marker": None}
@@ -849,6 +860,7 @@ def rivals(r: Results, metric: str) -> Pictures:
         el2n = [m for m in clean if m["metric"] == "el2n"]
         other = [m for m in clean if m["metric"].startswith(metric)]
         other = [m for m in other if m["metric"] != "lmc" or m["folder"].name.startswith("all")]
+        other.sort(key=lambda m: m.get("rewind", 0))
         curves = [c for c in curves if c.points and not c.control and not c.noise]
         by = [c for c in curves if c.metric.split()[0] == metric]
         pairs, settings = list(itertools.product(other, el2n)), {(c.size, c.rewind) for c in by}
@@ -874,7 +886,7 @@ def rivals(r: Results, metric: str) -> Pictures:
 def examples(r: Results) -> Pictures:
     """The easiest and the hardest training images of each class by EL2N, and its distribution."""
     each, most = 8, 20  # images of a class, classes
-    for m in (m for m in r.metrics.values() if m["metric"] == "el2n"):
+    for m in [m for m in r.metrics.values() if m["metric"] == "el2n" and not m["label_noise"][0]]:
         model, scores = m["folder"].parts[-2], load(m["folder"] / "scores.npy")
         name = model.rsplit("-", 1)[0]
         name = next((d for d in r.datasets if Path(d).name == name), name)

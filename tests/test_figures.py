@@ -110,8 +110,9 @@ def test_the_papers_deviations_become_sample_ones():
     first = figures.paper_curves("cifar10")["all", 0, 0, 0.0, "el2n", ""].points[0]  # in the file
     assert (first.mean, first.n) == (0.91535, 4)
     assert first.sd == pytest.approx(0.0023670 * math.sqrt(4 / 3))
-    counted = {d: len(figures.paper_curves(d)) for d in figures.PUBLISHED}
-    assert sum(counted.values()) == 87 and counted["cifar10"] == 41
+    keys = {d: [*figures.paper_curves(d)] for d in figures.PUBLISHED}
+    again = [k for k in keys["cifar10"] if k[4] == "el2n balanced"]  # these stand for two of ours
+    assert sum(map(len, keys.values())) == 87 + 8 and len(again) == 8 and len(keys["cifar10"]) == 49
 
 
 def on_paper(data: str, a: tuple, b: tuple, levels: range) -> dict:
@@ -376,6 +377,25 @@ def test_controls_stand_beside_the_ticket(results):
     rows = dict(figures.tables(r, (), 1.0))["verdicts-cifar10-resnet20"]
     pairs = {(x["A"], x["B"]) for x in rows}
     assert (f"{ticket} (n=2)", f"{ticket}, reinit (n=2)") in pairs
+    figures.plt.close("all")
+
+
+def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_both(small):
+    """The paper's easy CIFAR-10 subsets were balanced. A control of another step is not drawn."""
+    out, f = small
+    f.imp("easy6400-rewind200", subset="easy", size=6400, rewind=200)
+    for size in (3200, 6400):
+        f.imp(f"easy{size}balanced-rewind200", subset="easy", size=size, rewind=200, balance=True)
+    f.imp("easy3200-rewind400-reinit", subset="easy", size=3200, rewind=400, control="reinit")
+    [ax] = drawn(out, "fig2")["cifar10"]
+    assert "easy 3200 balanced, step 200" in labels(ax)
+    assert "easy 3200, step 400, reinit" not in labels(ax)
+    assert "easy balanced" in labels(drawn(out, "fig3")["cifar10"][0])
+    assert "easy 6400 balanced, step 200" in labels(drawn(out, "fig11")["cifar10"][1])
+    rows = dict(figures.tables(read(out), (), 1.0))["imp-cifar10-resnet20"]
+    published = figures.paper_curves("cifar10")["easy", 3200, 200, 0.0, "el2n", ""].points[5].mean
+    same = [x for x in rows if x["configuration"].startswith("easy 3200") and x["level"] == 5]
+    assert [x["paper"] for x in same if "balanced" in x["configuration"]] == [published]
     figures.plt.close("all")
 
 
