@@ -68,17 +68,17 @@ PANELS = {
         f"imp easy,random,hard {SIZES['cinic10']} @400",
         "imp easy,random,hard 12800,25600,51200 @200",
     ],
-    # Figures 4 and 13: 10 % and 50 % of the labels redrawn. Noise has done nothing at step 0; the
-    # clean network for t* steps is what "matches dense" is about.
+    # Figures 4 and 13: 10 % and 50 % of the labels redrawn, which at step 0 has done nothing; dense
+    # is the noisy network for t* steps.
     ("fig4", "cifar10"): [
         "el2n noise0.1,noise0.5",
-        "imp all @0,400",
+        "imp all @0",
         "imp all @200,400 noise0.1,noise0.5",
         "imp easy,random 3200 @200 noise0.1,noise0.5",
     ],
     ("fig13", "cifar10"): [
         "el2n noise0.1,noise0.5",
-        "imp all @0,400",
+        "imp all @0",
         "imp all @200,400 noise0.1,noise0.5",
         "imp easy,random 512,1024,2048,3200 @200 noise0.1,noise0.5",
     ],

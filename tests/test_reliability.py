@@ -193,7 +193,7 @@ def test_checkpoints_are_of_their_run_and_step(done, tmp_path, monkeypatch, caps
         m.setattr(common, "train", stop_at(4 + 12 + 6, 2))
         with pytest.raises(runs.Interrupted):
             call((*RUNS["imp"], "--checkpoint-every", 0), out)
-    monkeypatch.setattr(runs.signals, "number", 0)
+    runs.signals.number = 0
     rep0, rep1 = sorted(out.glob("imp/*/*/rep?"))
     assert (rep0 / "checkpoint.pt").exists() and (rep0 / "checkpoint-before.pt").exists()
     names = ("checkpoint.pt", "checkpoint-before.pt") if damage == "both" else ("checkpoint.pt",)
