@@ -8,7 +8,8 @@ loader    what one writes first, and what the paper's time ran: torchvision tran
 resident  the same loop with data and augmentation on the device
 then the engines of common.py, with BatchNorm by torch (plain) or fused, and several rows. Each
 figure is the median of --repeats timings, taken in turns so that what else the machine does falls
-on all alike; warm-up is apart. The last column is the share of the ceiling:
+on all alike; warm-up is apart. The user's loops run in processes of their own, without what the
+stages set for theirs (`runs.keep_freed_memory`). The last column is the share of the ceiling:
 the time that the convolutions' FLOP take at the rate of a large matrix product in this run, or the
 time that the tensors read and written by convolutions and BatchNorm take at the rate of a large
 copy, whichever is longer, over the time measured. Also: where the time of a step goes, by kernel;
@@ -20,6 +21,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,6 +44,7 @@ def flags() -> files.Parser:
     parser.add_argument("--repeats", type=files.positive, default=5, help="timings [5]")
     told = "comma-separated part of loader,resident,plain,eager,graph [all]"
     parser.add_argument("--only", default="", help=told)
+    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     return parser
 
 
@@ -125,6 +128,28 @@ def resident(args: argparse.Namespace, data: common.Data):
             [crops] = common.draw_crops((1, 2), s, s + 1, *crop)
             x = common.augment.definition(data.train_images, i, crops, data.scale, data.shift)
             plain.step(x.contiguous(), data.train_labels[i])
+
+    return run
+
+
+LOOPS = {"loader": loader, "resident": resident}
+
+
+def serve(args: argparse.Namespace, data: common.Data) -> None:
+    """The child of `apart`: for every number of steps on stdin, the seconds of each on stdout."""
+    run = LOOPS[args.serve](args, data)
+    for line in sys.stdin:
+        print(seconds(run, int(line), args.device), flush=True)
+
+
+def apart(name: str):
+    """A loop of the user's in a process of its own; gives the seconds of each step."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(steps: int) -> float:
+        print(steps, file=child.stdin, flush=True)
+        return float(child.stdout.readline())
 
     return run
 
@@ -244,16 +269,18 @@ def work(args: argparse.Namespace, data: common.Data) -> tuple[float, int]:
 
 
 def seconds(run, steps: int, device: torch.device) -> float:
-    """Of each of so many steps (or of the steps that `run` says it took), the device's work
-    included."""
+    """Of each of so many steps (or of the steps that `run` says it took, or as a process of its
+    own measured them), the device's work included."""
     began = time.perf_counter()
     taken = run(steps)
+    if isinstance(taken, float):
+        return taken
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / (taken if isinstance(taken, int) else steps)
 
 
-def main(args: argparse.Namespace) -> dict:
+def main(args: argparse.Namespace) -> dict | None:
     args.device = common.find_device(args.device)
     cuda = args.device.type == "cuda"
     args.steps = args.steps or (128 if cuda else 8)
@@ -265,7 +292,9 @@ def main(args: argparse.Namespace) -> dict:
         if random
         else common.load_data(args.dataset, args.data_dir, args.device)
     )
-    ways = {"loader": loader, "resident": resident}
+    if args.serve:
+        return serve(args, data)
+    ways = dict(LOOPS)
     for name in ("plain", "eager", *(["graph"] if cuda else [])):
         for rows in args.rows:
             ways[f"{name} x{rows}"] = (name, rows)
@@ -274,10 +303,7 @@ def main(args: argparse.Namespace) -> dict:
     for name, way in ways.items():
         if name.split()[0] in chosen:
             began = time.perf_counter()
-            if callable(way):
-                runs[name] = way(args, data)
-            else:
-                runs[name] = engine(args, data, *way)
+            runs[name] = apart(name) if name in LOOPS else engine(args, data, *way)
             seconds(runs[name], WARM if cuda else 2, args.device)
             starts[name], timings[name] = time.perf_counter() - began, []
             print(f"{name}: warm in {starts[name]:.1f} s", file=sys.stderr)
@@ -330,4 +356,7 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    files.run_stage(main, flags())
+    if "--serve" in sys.argv:
+        main(flags().parse_args())
+    else:
+        files.run_stage(main, flags())
