@@ -12,10 +12,10 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import io
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -359,11 +359,25 @@ CINIC10 = {
 }
 
 
+def extract_cinic10(folder: Path) -> Path:
+    """The folder of CINIC-10's images, downloaded if need be, its MD5 checked, unpacked."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    root = folder / "CINIC-10"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            download_and_extract_archive(download_root=folder, extract_root=root, **CINIC10)
+    except (OSError, RuntimeError, tarfile.TarError) as e:
+        remedy = f"put CINIC-10.tar.gz (MD5 {CINIC10['md5']}) into {folder}"
+        raise UserError(f"cannot get cinic10 ({one_line(e)}): {remedy}") from e
+    return root
+
+
 def load_images(name: str, folder: Path, quiet: bool) -> tuple:
     """NAME/{train,valid,test}/CLASS/IMAGE, or CINIC-10's archive of the same layout, decoded once.
 
     valid/ joins train/. The arrays are kept in `folder` under a name made from the name, size and
-    time of every image, so that changed images are decoded again.
+    time of every image (for CINIC-10 from its MD5), so that changed images are decoded again.
     """
     files = None if name == "cinic10" else list_images(Path(name))
     known = [(f[0], f[1], os.path.basename(f[2]), *f[3:]) for f in files] if files else CINIC10
@@ -381,7 +395,9 @@ def load_images(name: str, folder: Path, quiet: bool) -> tuple:
                 warn(f"{e}: decoding again")
         for left in folder.glob(f".{glob.escape(cache.name)}.*.tmp"):  # by a process that died
             left.unlink()
-        *arrays, classes = decode(files or archived_images(folder), quiet)
+        *arrays, classes = decode(files or list_images(extract_cinic10(folder)), quiet)
+        if not files:
+            shutil.rmtree(folder / "CINIC-10")  # 270,000 small files
         arrays_by_key = dict(zip(keys, [*arrays, np.array(classes)], strict=True))
         runs.write(cache, lambda f: np.savez(f, **arrays_by_key, stamp=np.array(stamp)))
     return *arrays, classes
@@ -408,63 +424,38 @@ def list_images(root: Path) -> list[tuple]:
     return sorted(files)
 
 
-def archived_images(folder: Path) -> list[tuple]:
-    """(split, class, name, content) of every image of CINIC-10, downloaded if need be, checked."""
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    path = folder / "CINIC-10.tar.gz"
-    try:
-        if not path.exists():
-            with contextlib.redirect_stdout(sys.stderr):
-                download_url(CINIC10["url"], str(folder), path.name, CINIC10["md5"])
-    except (OSError, RuntimeError) as e:
-        raise UserError(
-            f"cannot download CINIC-10 ({one_line(e)}): put {path.name} into {folder}"
-        ) from e
-    if not check_integrity(str(path), CINIC10["md5"]):
-        raise UserError(
-            f"{path} is damaged (its MD5 is not {CINIC10['md5']}): remove it, or download it again"
-        )
-    with tarfile.open(path) as tar:  # read in memory: nothing is unpacked to disk
-        named = ((m, m.name.removeprefix("./").split("/")) for m in tar if m.name.endswith(".png"))
-        return [(n[0], n[1], n[2], tar.extractfile(m).read()) for m, n in named if len(n) == 3]
-
-
 def decode(files: list[tuple], quiet: bool) -> tuple:
-    """(split, class, name, ...) records -> train and test arrays in class order, class names."""
+    """Records of `list_images` -> train and test arrays in class order, class names."""
     from multiprocessing.pool import ThreadPool  # PIL decodes without the interpreter's lock
 
     classes = sorted({f[1] for f in files})
     if missing := set(classes) - {f[1] for f in files if f[0] != "test"}:
         raise UserError(f"--dataset: class {min(missing)} has test images and no training images")
     files = sorted(files, key=lambda f: (f[0] == "test", f[1], f[0], f[2]))
-    gray = decode_image(files[0]).shape[2] == 1
-    with (
-        ThreadPool(len(os.sched_getaffinity(0))) as pool,
-        tqdm(desc="decoding", total=len(files), unit=" images", disable=quiet) as bar,
-    ):
-        images = []
-        for image in pool.imap(functools.partial(decode_image, gray=gray), files, chunksize=64):
-            if images and image.shape != images[0].shape:
-                name, size = files[len(images)][2], "x".join(map(str, image.shape[1::-1]))
-                raise UserError(f"--dataset: images differ in size: {name} is {size}")
-            images.append(image)
-            bar.update()
+    paths = [f[2] for f in files]
+    read = functools.partial(decode_image, gray=decode_image(paths[0]).shape[2] == 1)
+    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
+        decoded = pool.imap(read, paths, chunksize=64)
+        images = list(tqdm(decoded, "decoding", len(paths), unit=" images", disable=quiet))
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            size = "x".join(map(str, image.shape[1::-1]))
+            raise UserError(f"--dataset: images differ in size: {path} is {size}")
     labels = np.array([classes.index(f[1]) for f in files])
     images, cut = np.stack(images), sum(f[0] != "test" for f in files)
     return images[:cut], labels[:cut], images[cut:], labels[cut:], classes
 
 
-def decode_image(file: tuple, gray: bool | None = None) -> np.ndarray:
-    """(H, W, 1 or 3) uint8 of a (split, class, path[, content]) record; `gray` None: as it is."""
+def decode_image(path: str, gray: bool | None = None) -> np.ndarray:
+    """(H, W, 1 or 3) uint8 of an image file; `gray` None: as it is."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(file[3]) if isinstance(file[3], bytes) else file[2]) as image:
+        with Image.open(path) as image:
             gray = image.mode in ("1", "L") if gray is None else gray
             pixels = np.asarray(image.convert("L" if gray else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"--dataset: cannot read the image {file[2]}: {one_line(e)}") from e
+        raise UserError(f"--dataset: cannot read the image {path}: {one_line(e)}") from e
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
@@ -1305,25 +1296,16 @@ def pretrain(
         test_accuracy = accuracy(networks, data)
         for r, run in enumerate(part):
             diverged = networks.diverged[r].item()
-            about = {
-                "step": args.rewind,
-                "data": data.fingerprint,
-                "diverged": diverged,
-                "test_accuracy": test_accuracy[r] if diverged < 0 else None,
-                "seconds": run.seconds,
-                "tracked": {k: v[r].cpu().clone() for k, v in training.extra.items()},
-            }
-            save_start(run, networks.state(r), about)
+            known = {"diverged": diverged, "seconds": run.seconds}
+            known["test_accuracy"] = test_accuracy[r] if diverged < 0 else None
+            known["tracked"] = {k: v[r].cpu().clone() for k, v in training.extra.items()}
+            start = start_from(networks.state(r), data, args.rewind, **known)
+            run.save("pretrained.pt", start)
     for run in group:
         if (step := run.load("pretrained.pt")["diverged"]) >= 0:
             run.ended = (
                 f"pre-training diverged at step {step}: lower --pretrain-lr ({args.pretrain_lr:g})"
             )
-
-
-def save_start(run: Run, model: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """pretrained.pt: w_tr as `model`, its fingerprint, and `about`."""
-    run.save("pretrained.pt", {"model": model, "fingerprint": fingerprint(model), **about})
 
 
 def about_start(run: Run) -> dict[str, Any]:
@@ -1332,16 +1314,20 @@ def about_start(run: Run) -> dict[str, Any]:
     return {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
 
 
+def start_from(model: dict[str, Tensor], data: Data, step: int | None, **more: Any) -> dict:
+    """The content of pretrained.pt: w_tr as `model`, and what is known of it."""
+    about = {"step": step, "data": data.fingerprint, "diverged": -1}
+    about |= {"test_accuracy": None, "seconds": 0.0}
+    return {"model": model, "fingerprint": fingerprint(model), **about, **more}
+
+
 def adopt(run: Run, start: dict[str, Any]) -> None:
     """Takes another's w_tr as the run's own; UserError if it has a different one."""
     mine = run.load("pretrained.pt")
-    if mine and mine["fingerprint"] != fingerprint(start["model"]):
+    if mine and mine["fingerprint"] != start["fingerprint"]:
         raise UserError(f"{run.folder} began from another w_tr: --fresh starts it over")
     if not mine:
-        save_start(run, start["model"], {k: start[k] for k in START})
-
-
-START = ("step", "data", "diverged", "test_accuracy", "seconds")
+        run.save("pretrained.pt", start)
 
 
 def read_start(
@@ -1352,14 +1338,9 @@ def read_start(
     the network or the step."""
     path = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
     state, about = read_network(path)
-    start = {
-        "model": check_fits(f"{flag} {path}", make_model(args, data), state),
-        "step": about.get("step", rewind),
-        "data": about.get("data", data.fingerprint),
-        "diverged": about.get("diverged", -1),
-        "test_accuracy": about.get("test_accuracy"),
-        "seconds": about.get("seconds", 0.0),
-    }
+    state = check_fits(f"{flag} {path}", make_model(args, data), state)
+    start = start_from(state, data, rewind)
+    start |= {k: about[k] for k in start.keys() & about.keys() - {"model", "fingerprint"}}
     if start["step"] is None:
         raise UserError(f"{flag} {path}: give --rewind, the step it was trained to")
     if start["data"] != data.fingerprint:
@@ -1403,13 +1384,7 @@ def flags(description: str, *groups: str) -> Parser:
     add("--preset", help="the settings of another data set (a folder's: by the size of its images)")
     add("--data-dir", type=Path, default=Path("data"), help="where data are kept [data]")
     if "noise" in groups:
-        add(
-            "--label-noise",
-            type=fraction,
-            default=0.0,
-            help="part of the labels redrawn [0]",
-        )
-
+        add("--label-noise", type=fraction, default=0.0, help="part of the labels redrawn [0]")
     if "subset" in groups:
         add = parser.add_argument_group("subset to pre-train on").add_argument
         add("--subset", choices=("all", "random", "easy", "hard"), help="[easy]")
@@ -1427,11 +1402,7 @@ def flags(description: str, *groups: str) -> Parser:
     add("--milestones", type=numbers, help="steps at which the rate drops tenfold [preset]")
     add("--momentum", type=fraction, help="of SGD [preset]")
     add("--weight-decay", type=number(float, 0, 1e6), help="of all parameters [preset]")
-    add(
-        "--pad",
-        type=number(int, 0, 1024),
-        help="black border of random crops, pixels [preset]",
-    )
+    add("--pad", type=number(int, 0, 1024), help="border of random crops, pixels [preset]")
     add("--flip", action=switch, help="random horizontal flips [preset]")
     if "rewind" in groups:
         add("--rewind", type=count, help="t_r, the steps of pre-training [preset]")
@@ -1444,23 +1415,10 @@ def flags(description: str, *groups: str) -> Parser:
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random [0]")
     add("--out", type=Path, default=Path("results"), help="where results go [results]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 [auto: a GPU if there is one]")
-    add(
-        "--engine",
-        choices=("auto", "eager", "graph"),
-        default="auto",
-        help="graph: a CUDA graph [auto: that, on a GPU]",
-    )
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="[auto: bf16 on a GPU]",
-    )
-    add(
-        "--fast",
-        action="store_true",
-        help="on a GPU: TF32, and bits that vary from run to run",
-    )
+    engines, precisions = ("auto", "eager", "graph"), ("auto", "fp32", "bf16")
+    add("--engine", choices=engines, default="auto", help="[auto: a CUDA graph, on a GPU]")
+    add("--precision", choices=precisions, default="auto", help="[auto: bf16 on a GPU]")
+    add("--fast", action="store_true", help="on a GPU: TF32, and bits that vary from run to run")
     add("--checkpoint-every", type=number(float, 0), default=60.0, help="seconds [60]")
     add("--fresh", action="store_true", help="start the run's folder over")
     add("--quiet", action="store_true", help="no progress bars")
@@ -1583,19 +1541,9 @@ def run_folder(args: argparse.Namespace, stage: str, name: str) -> Path:
     return args.out / stage / f"{data_name(args.dataset)}-resnet{args.depth}{wide}" / name
 
 
-SHORT = {
-    "steps": "steps",
-    "milestones": "drops",
-    "batch_size": "batch",
-    "lr": "lr",
-    "momentum": "momentum",
-    "weight_decay": "decay",
-    "pad": "pad",
-    "flip": "flip",
-    "pretrain_lr": "prelr",
-    "networks": "networks",
-    "score_step": "step",
-}
+SHORT = {"steps": "steps", "milestones": "drops", "batch_size": "batch", "lr": "lr"}
+SHORT |= {"momentum": "momentum", "weight_decay": "decay", "pad": "pad", "flip": "flip"}
+SHORT |= {"pretrain_lr": "prelr", "networks": "networks", "score_step": "step"}
 
 
 def run_name(args: argparse.Namespace, *parts: str, keys: Iterable[str] = SHORT) -> str:

@@ -184,9 +184,7 @@ def start_control(args: argparse.Namespace, data: common.Data, run: runs.Run) ->
     beside = ticket_folder(args) / f"rep{run.replicate}"
     if args.control == "reinit":
         model = common.fresh_state(args, data, common.REINIT + run.replicate)
-        about = {"step": 0, "test_accuracy": None, "seconds": 0.0}
-        start = {"model": model, "data": data.fingerprint, "diverged": -1, **about}
-        return common.adopt(run, start)
+        return common.adopt(run, common.start_from(model, data, 0))
     common.adopt(run, runs.read_tensors(beside / "pretrained.pt"))
     dense = runs.read_tensors(beside / "level00.pt")
     run.log("level00", args.steps, **dense["numbers"])

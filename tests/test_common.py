@@ -1,4 +1,3 @@
-import io
 import itertools
 import math
 import signal
@@ -585,16 +584,13 @@ def test_cinic10_is_read_from_its_archive(tmp_path, image_folder, monkeypatch):
     with tarfile.open(tmp_path / "CINIC-10.tar.gz", "w:gz") as tar:
         for split in ("train", "valid", "test"):
             tar.add(root / split, f"./{split}")
-        escape = tarfile.TarInfo("../train/cat/escape.png")
-        escape.size = 3
-        tar.addfile(escape, io.BytesIO(b"bad"))
     md5 = hashlib.md5((tmp_path / "CINIC-10.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setitem(common.CINIC10, "md5", md5)
     data = common.load_data("cinic10", tmp_path, CPU, quiet=True)
     same = common.load_data(str(root), tmp_path, CPU, quiet=True)
     assert data.fingerprint == same.fingerprint
     monkeypatch.setitem(common.CINIC10, "md5", "0" * 32)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"cannot get cinic10 .* put CINIC-10\.tar\.gz \(MD5 0000"):
         common.load_data("cinic10", tmp_path, CPU, quiet=True)
 
 
