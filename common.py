@@ -501,8 +501,8 @@ def choose_subset(args: argparse.Namespace, data: Data, labels: Tensor, replicat
         draw = generator(args.seed, "subset", replicate)
         shuffled = draw.permutation(len(y))
         order = rank_by_class(shuffled, y)
-        whole = args.size - args.size % len(data.classes)  # what is over goes to random classes
-        order = np.concatenate([order[:whole], draw.permutation(order[whole:])])
+        even = args.size - args.size % len(data.classes)  # what is over goes to random classes
+        order = np.concatenate([order[:even], draw.permutation(order[even:])])
     else:
         ranking = data.scores if args.subset == "easy" else -data.scores.astype(np.float64)
         order = np.argsort(ranking, kind="stable")
@@ -613,34 +613,35 @@ def make_scores(args: argparse.Namespace, data: Data) -> Path:
 
 def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
     """The scores of --scores (N,), checked against the data; EL2N, made if missing, without."""
-    path = args.scores or scores_path(args)
-    json_path = path.with_suffix(".json")
-    if not args.scores and not (path.exists() and json_path.exists()):
-        make_scores(args, data)
-    remedy = "" if args.scores else ": el2n.py --fresh makes the scores again"
+    path, remedy = args.scores, ""
+    if not path:
+        path, remedy = scores_path(args), ": el2n.py --fresh makes the scores again"
+        if not (path.exists() and path.with_suffix(".json").exists()):
+            make_scores(args, data)
+    beside = path.with_suffix(".json")
     try:
         scores = runs.read_npy(path)
-        about = runs.read_json(json_path, "metric") if json_path.exists() else {}
+        about = runs.read_json(beside, "metric") if beside.exists() else {}
     except runs.FormatError:
         raise
     except UserError as e:
         raise UserError(f"--scores {e}{remedy}") from e
     n, noise = len(data.train_labels), [args.label_noise, args.seed if args.label_noise else 0]
+    problem = None
     if scores.shape != (n,) or scores.dtype.kind not in "fiu":
-        shape = f"{scores.dtype} {scores.shape}"
-        raise UserError(f"--scores {path}: {shape}, but {data.name} has {n} training images")
-    if np.isnan(scores).any():
-        raise UserError(f"--scores {path}: example {np.isnan(scores).argmax()} has no score (NaN)")
-    if about and about.get("sha256_of_scores") != fingerprint(scores):
-        problem = f"damaged, its checksum in {json_path.name} differs"
-        raise UserError(f"--scores {path}: {problem}: el2n.py --fresh makes EL2N scores again")
-    if about and about.get("data") != data.fingerprint:
-        raise UserError(f"--scores {path}: made from other data than {data.name}")
-    if about and about.get("label_noise", noise) != noise:
-        raise UserError(f"--scores {path}: made under other labels (--label-noise, --seed)")
-    if not args.scores and about.get("made_with") != score_settings(args):
-        problem = "those of other settings, put there by hand"
-        raise UserError(f"--scores {path}: {problem}: el2n.py --fresh makes these")
+        problem = f"{scores.dtype} {scores.shape}, but {data.name} has {n} training images"
+    elif np.isnan(scores).any():
+        problem = f"example {np.isnan(scores).argmax()} has no score (NaN)"
+    elif about and about.get("sha256_of_scores") != fingerprint(scores):
+        problem = f"damaged, its checksum in {beside.name} differs{remedy}"
+    elif about and about.get("data") != data.fingerprint:
+        problem = f"made from other data than {data.name}"
+    elif about and about.get("label_noise", noise) != noise:
+        problem = "made under other labels (--label-noise, --seed)"
+    elif not args.scores and about.get("made_with") != score_settings(args):
+        problem = f"those of other settings, put there by hand{remedy}"
+    if problem:
+        raise UserError(f"--scores {path}: {problem}")
     return scores
 
 
@@ -784,6 +785,11 @@ def slots(tensors: Iterable[tuple[str, Tensor]], start: int = 0) -> list[Slot]:
     return places
 
 
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU."""
+    return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+
 class Networks:
     """R networks of one architecture, each a row of a few matrices.
 
@@ -852,8 +858,7 @@ class Networks:
 
     def state(self, row: int) -> dict[str, Tensor]:
         """The state_dict of a row: copies on the CPU under the module's names and shapes."""
-        state = self.modules[row].state_dict()
-        return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        return on_cpu(self.modules[row].state_dict())
 
     @torch.no_grad()
     def load(self, row: int, state: dict[str, Tensor]) -> None:
@@ -874,8 +879,7 @@ class Networks:
 
     def momentum_state(self, row: int) -> dict[str, Tensor]:
         """The velocities of a row by parameter, on the CPU."""
-        named = {s.name: s.of(self.momentum[row]) for s in self.parameters}
-        return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()}
+        return on_cpu({s.name: s.of(self.momentum[row]) for s in self.parameters})
 
     def set_momentum(self, row: int, state: dict[str, Tensor]) -> None:
         for slot in self.parameters:
@@ -883,8 +887,7 @@ class Networks:
 
     def masks(self, row: int) -> dict[str, Tensor]:
         """The mask of a row by layer, in the shapes of the weights, on the CPU."""
-        named = {name: slot.of(self.mask[row]) for name, slot in self.layers.items()}
-        return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()}
+        return on_cpu({name: slot.of(self.mask[row]) for name, slot in self.layers.items()})
 
     def flat_mask(self, masks: dict[str, Tensor]) -> Tensor:
         """(P,) on the device of masks by layer; UserError where they are another network's."""
@@ -1396,7 +1399,7 @@ def flags(description: str, *groups: str) -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--depth", type=number(int, 1, 1202), help="of the ResNet, 6n+2 [preset]")
     add("--width", type=number(int, 1, 1024), help="channels of its first group [preset]")
-    add("--steps", type=positive, help="of a whole training, pre-training included [preset]")
+    add("--steps", type=positive, help="of a training, pre-training included [preset]")
     add("--batch-size", type=positive, help="examples a step [preset]")
     add("--lr", type=rate, help="learning rate [preset]")
     add("--milestones", type=numbers, help="steps at which the rate drops tenfold [preset]")

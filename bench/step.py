@@ -42,8 +42,8 @@ def flags() -> files.Parser:
     parser.add_argument("--classes", type=files.positive, default=10, help="of random images [10]")
     parser.add_argument("--rows", type=files.numbers, default=(1, 4), help="networks [1,4]")
     parser.add_argument("--repeats", type=files.positive, default=5, help="timings [5]")
-    told = "comma-separated part of loader,resident,plain,eager,graph [all]"
-    parser.add_argument("--only", default="", help=told)
+    ways = "comma-separated part of loader,resident,plain,eager,graph [all]"
+    parser.add_argument("--only", default="", help=ways)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     return parser
 
@@ -199,7 +199,7 @@ def kernels(run, steps: int, count: int = 12) -> dict[str, float]:
 
 
 def on_card(args: argparse.Namespace, data: common.Data, runs: dict) -> dict:
-    """What only a GPU is asked: the host's part of the time, memory, evaluation of 50,000 images by
+    """Measured on a GPU only: the host's part of the time, memory, evaluation of 50,000 images by
     four networks."""
     run = runs[max(runs, key=lambda name: name.startswith("graph x1"))]
     began, busy = time.perf_counter(), time.process_time()
@@ -209,11 +209,15 @@ def on_card(args: argparse.Namespace, data: common.Data, runs: dict) -> dict:
     networks = common.Networks(common.make_model(args, data), 4, args.device)
     draw = np.random.default_rng(1)
     images = torch.from_numpy(draw.integers(0, 256, (50000, 32, 32, 3), dtype=np.uint8))
-    whole = (networks, data, images.to(args.device), torch.zeros(50000).long().to(args.device))
-    times = [seconds(lambda _: common.evaluate(*whole), 1, args.device) for _ in range(5)]
+    examples = images.to(args.device), torch.zeros(50000, dtype=torch.int64, device=args.device)
+
+    def evaluate(_: int) -> None:
+        common.evaluate(networks, data, *examples)
+
+    times = [seconds(evaluate, 1, args.device) for _ in range(5)]
     memory = torch.cuda.max_memory_allocated() / 1e9
-    told = {"host_busy": busy, "evaluate_50000_by_4_seconds": statistics.median(times)}
-    return told | {"memory_gb": memory}
+    evaluation = {"evaluate_50000_by_4_seconds": statistics.median(times)}
+    return {"host_busy": busy, **evaluation, "memory_gb": memory}
 
 
 def matrix_rate(args: argparse.Namespace) -> float:
@@ -310,8 +314,8 @@ def main(args: argparse.Namespace) -> dict | None:
     for _ in range(args.repeats):  # in turns
         for name, run in runs.items():
             timings[name].append(seconds(run, args.steps, args.device))
-            told = f"{name}: {1e3 * timings[name][-1]:.2f} ms a step"
-            print(told, file=sys.stderr, flush=True)
+            line = f"{name}: {1e3 * timings[name][-1]:.2f} ms a step"
+            print(line, file=sys.stderr, flush=True)
     matrix, copy = matrix_rate(args), copy_rate(args)
     flop, moved = work(args, data)
     ceiling = max(flop / matrix, moved / copy)
@@ -326,14 +330,14 @@ def main(args: argparse.Namespace) -> dict | None:
     print(f"{'':22}      ms  network-steps/s   ratio  of ceiling  s to start")
     for name, row in table.items():
         rate = row["network_steps_per_second"]
-        told = f"{row['ms']:8.2f}  {rate:15.1f}  {rate / base:6.2f}  {row['of_ceiling']:10.1%}"
-        print(f"{name:22}{told}  {row['seconds_to_start']:10.1f}")
+        line = f"{row['ms']:8.2f}  {rate:15.1f}  {rate / base:6.2f}  {row['of_ceiling']:10.1%}"
+        print(f"{name:22}{line}  {row['seconds_to_start']:10.1f}")
     fastest = max(table, key=lambda name: (table[name]["rows"] == 1, -table[name]["ms"]))
     parts = kernels(runs[fastest], args.steps)
     print(f"where a step of {fastest} spends its time:")
     for name, part in parts.items():
         print(f"{part:7.1%}  {name}")
-    told = {
+    measured = {
         "device": torch.cuda.get_device_name()
         if cuda
         else f"CPU, {torch.get_num_threads()} threads",
@@ -348,11 +352,11 @@ def main(args: argparse.Namespace) -> dict | None:
         "table": table,
         "kernels": parts,
     }
-    rest = {k: v for k, v in told.items() if k not in ("table", "kernels")}
+    rest = {k: v for k, v in measured.items() if k not in ("table", "kernels")}
     print(json.dumps(rest, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(told, indent=1) + "\n")
-    return told
+        args.out.write_text(json.dumps(measured, indent=1) + "\n")
+    return measured
 
 
 if __name__ == "__main__":
