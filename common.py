@@ -1576,6 +1576,17 @@ def subset_name(args: argparse.Namespace) -> str:
     return name + ("" if by == "-el2n" else by)
 
 
+def planned(
+    folder: Path,
+    replicates: Iterable[int],
+    steps: int,
+    done: Callable[[dict | None], bool] = bool,
+) -> list[tuple[Path, int, bool]]:
+    """(folder, network-steps, done) of each replicate; `done` judges result.json, or None."""
+    places = [folder / f"rep{k}" for k in replicates]
+    return [(place, steps, done(runs.finished_result(place))) for place in places]
+
+
 def settings_of(args: argparse.Namespace, data: Data, *more: str) -> dict:
     """What a run's numbers depend on: config.json holds it, and another such run is refused."""
     keys = ("depth", "width", "steps", "batch_size", "lr", "momentum", "weight_decay", "milestones")

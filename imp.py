@@ -77,7 +77,7 @@ def control_mask(
     args: argparse.Namespace, run: runs.Run, level: int, scratch: common.Networks
 ) -> Tensor:
     """The mask (P,) of a level of a control, from the files of the run that it goes beside."""
-    beside = ticket_folder(args) / f"rep{run.replicate}"
+    beside = args.ticket_folder / f"rep{run.replicate}"
     load_level(scratch, runs.read_tensors(beside / f"level{level:02d}.pt"))
     mask = scratch.mask[0].clone()
     if args.control == "one-shot":
@@ -99,15 +99,15 @@ def train_level(
     phase, model = f"level{level:02d}", common.make_model(args, data)
     scratch, pairs = common.Networks(model, 1, args.device), []
     for run in group:
-        mask = None
-        if level:
-            ticket = (run, level, args.prune_fraction, scratch)
-            control = args.control and control_mask(args, run, level, scratch)
-            mask = control if args.control else next_mask(*ticket)
-            for name, slot in scratch.layers.items():
-                if not mask[slot.columns].any():
-                    remedy = f"use --levels {level - 1}"
-                    run.ended = f"level {level} leaves {name} without weights: {remedy}"
+        mask = scratch.mask[0].clone()  # level 0 is dense
+        if level and args.control:
+            mask = control_mask(args, run, level, scratch)
+        elif level:
+            mask = next_mask(run, level, args.prune_fraction, scratch)
+        for name, slot in scratch.layers.items():
+            if not mask[slot.columns].any():
+                remedy = f"use --levels {level - 1}"
+                run.ended = f"level {level} leaves {name} without weights: {remedy}"
         if not run.ended:
             pairs.append((run, mask))
     if not pairs:
@@ -174,14 +174,9 @@ def run_name(args: argparse.Namespace, control: str | None) -> str:
     return common.run_name(args, origin, f"rewind{args.rewind}", control or "")
 
 
-def ticket_folder(args: argparse.Namespace) -> Path:
-    """Of the run that a control goes beside."""
-    return args.ticket_folder
-
-
 def start_control(args: argparse.Namespace, data: common.Data, run: runs.Run) -> None:
     """pretrained.pt of a control, and its level 0 where that is the run's own."""
-    beside = ticket_folder(args) / f"rep{run.replicate}"
+    beside = args.ticket_folder / f"rep{run.replicate}"
     if args.control == "reinit":
         model = common.fresh_state(args, data, common.REINIT + run.replicate)
         return common.adopt(run, common.start_from(model, data, 0))
@@ -231,11 +226,9 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     """(folder, network-steps, done) of each replicate; reads no data."""
     common.fill(args)
     folder = common.run_folder(args, "imp", run_name(args, args.control))
-    places = [folder / f"rep{k}" for k in args.replicate]
     first = 0 if args.control == "reinit" else args.rewind
     steps = args.rewind * (not args.control) + (args.levels + 1) * (args.steps - first)
-    results = [(place, runs.finished_result(place)) for place in places]
-    return [(place, steps, finished(result, args.levels)) for place, result in results]
+    return common.planned(folder, args.replicate, steps, lambda r: finished(r, args.levels))
 
 
 def main(args: argparse.Namespace) -> list[dict]:

@@ -126,8 +126,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     """(folder, network-steps, done) of each replicate; reads no data."""
     common.fill(args)
     folder = common.run_folder(args, "pretrain", run_name(args))
-    places = [folder / f"rep{k}" for k in args.replicate]
-    return [(place, args.rewind, bool(runs.finished_result(place))) for place in places]
+    return common.planned(folder, args.replicate, args.rewind)
 
 
 def main(args: argparse.Namespace) -> list[dict]:

@@ -287,8 +287,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     for length in args.warmup:
         one = of_length(args, length)
         folder = common.run_folder(one, "warmup", run_name(one))
-        places = [folder / f"rep{k}" for k in args.replicate]
-        found += [(place, args.steps, bool(runs.finished_result(place))) for place in places]
+        found += common.planned(folder, args.replicate, args.steps)
     return found
 
 
