@@ -1458,9 +1458,7 @@ def check(args: argparse.Namespace, data: Data) -> None:
         raise UserError(f"--depth {args.depth}: a ResNet has 8, 14, 20, ... (6n+2) layers")
     if args.batch_size > n:
         raise UserError(f"--batch-size {args.batch_size}: {data.name} has {n} training images")
-    if hasattr(args, "rewind") and args.rewind >= args.steps:
-        problem = f"not before the end of training (--steps {args.steps})"
-        raise UserError(f"--rewind {args.rewind}: {problem}")
+    check_rewind(getattr(args, "rewind", 0), args.steps)
     if getattr(args, "subset", "all") != "all":
         if args.size < args.batch_size:
             problem = f"smaller than a batch (--batch-size {args.batch_size})"
@@ -1469,6 +1467,11 @@ def check(args: argparse.Namespace, data: Data) -> None:
             window = f"--size {args.size}" + f" from --offset {args.offset}" * bool(args.offset)
             raise UserError(f"{window}: {data.name} has {n} training images")
     check_model(args, data)
+
+
+def check_rewind(step: int, steps: int) -> None:
+    if step >= steps:
+        raise UserError(f"--rewind {step}: not before the end of training (--steps {steps})")
 
 
 def choose_engine(args: argparse.Namespace) -> None:

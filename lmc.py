@@ -43,7 +43,7 @@ from torch import nn
 import common
 import runs
 
-SPAWN = {"digits": (0, 20, 60)}  # of other data sets, the step of the preset alone
+SPAWN = {"digits": (0, 20, 60)}  # what --rewind is there; elsewhere the step of the preset alone
 CONNECTED = 0.02  # error barrier (Frankle et al. 2020)
 BINS = (-np.inf, -1, -0.1, -0.01, 0.01, 0.1, 0.5, 1, 2, 4, np.inf)
 ARRAYS = ("loss_barrier", "loss_barrier_pairs", "error_barrier_pairs")
@@ -52,7 +52,7 @@ ARRAYS = ("loss_barrier", "loss_barrier_pairs", "error_barrier_pairs")
 def flags() -> runs.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset")
     add = parser.add_argument_group("barriers").add_argument
-    add("--rewind", type=runs.numbers, help="t_r, or several [digits 0,20,60, else preset]")
+    add("--rewind", dest="spawn_at", type=runs.numbers, help="t_r, or several [preset]")
     add("--children", type=runs.number(int, 2, 64), default=3, help="of each w_tr [3]")
     several = "1, the midpoint alone, or an odd number of values from 0 to 1 [1]"
     add("--alphas", type=runs.number(int, 1, 10001), default=1, help=several)
@@ -342,49 +342,51 @@ def histogram(steps: list[int], pooled: list[np.ndarray]) -> str:
 def spawn_points(args: argparse.Namespace) -> list[int]:
     """The steps of --rewind; without it those of the data set."""
     steps = SPAWN.get(args.preset, (args.defaults.rewind,))
-    return list(args.rewind or [t for t in steps if t < args.steps])
+    return list(args.spawn_at or [t for t in steps if t < args.steps])
 
 
 def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     """(folder, network-steps, done) of each spawn point and replicate; reads no data."""
-    steps, found = args.rewind, []
-    args.rewind = max(steps) if steps else None
     common.fill(args)
-    args.rewind = steps
+    found = []
     for t in spawn_points(args):
         one = at_step(args, t)
         folder = common.run_folder(one, "lmc", run_name(one))
-        places = [folder / f"rep{k}" for k in args.replicate]
-        cost = t + args.children * (args.steps - t)
-        found += [(place, cost, bool(runs.finished_result(place))) for place in places]
+        found += common.planned(folder, args.replicate, t + args.children * (args.steps - t))
     return found
 
 
 def check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that contradict each other."""
     if args.alphas % 2 == 0:
         raise runs.UserError(f"--alphas {args.alphas}: an odd number has 1/2 among the values")
     for flag in ("parent", "between"):
         if getattr(args, flag) and (args.subset or args.size or args.label_noise):
             remedy = "leave out --subset, --size and --label-noise"
             raise runs.UserError(f"--{flag} brings its own pre-training: {remedy}")
-    if args.parent and args.rewind and len(args.rewind) > 1:
+    if args.parent and args.spawn_at and len(args.spawn_at) > 1:
         raise runs.UserError("--parent is one spawn point: give one --rewind, or none")
+
+
+def check_steps(args: argparse.Namespace, data: common.Data) -> None:
+    for t in () if args.parent or args.between else spawn_points(args):
+        common.check_rewind(t, args.steps)
 
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Measures every spawn point, prints the tables and the paths; returns the results, by spawn
     point and replicate."""
     check_flags(args)
-    given, starts = args.rewind, {}
-    args.subset = "all" if args.parent or args.between else args.subset
-    args.rewind = 0 if args.parent or args.between else max(given) if given else None
-    data = common.prepare(args)
+    if args.parent or args.between or args.spawn_at == (0,):
+        args.subset, args.size = "all", None  # no subset is trained on
+    data = common.prepare(args, check_more=check_steps)
     if args.between:
         return measure_between(args, data)
+    starts, spawned = {}, []
     for k in args.replicate if args.parent else ():
-        starts[k] = common.read_start("--parent", args.parent, args, data, k, given and given[0])
-        given = (starts[k]["step"],)
-    args.rewind, spawned = given, []
+        step = args.spawn_at[0] if args.spawn_at else None
+        starts[k] = common.read_start("--parent", args.parent, args, data, k, step)
+        args.spawn_at = (starts[k]["step"],)
     for t in spawn_points(args):
         one = at_step(args, t)
         scores = None if one.subset == "all" else data.scores

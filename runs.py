@@ -19,6 +19,7 @@ import secrets
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,8 @@ def read_npy(path: Path) -> np.ndarray:
     if not path.is_file():  # a pipe would wait for its writer
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     try:
-        array = np.load(path, allow_pickle=False)
+        with warnings.catch_warnings(action="error"):
+            array = np.load(path, allow_pickle=False)
         array.shape  # an .npz has none  # noqa: B018
     except Exception as e:  # numpy, zipfile and tokenize have an exception each for damage
         raise UserError(f"{path} is not an .npy, or damaged ({one_line(e)})") from e

@@ -41,7 +41,7 @@ import runs
 class Preset(common.Preset):
     """What this experiment has in place of Table 1; EL2N scores are made by Table 1's settings."""
 
-    warmup: tuple[int, ...] = (1600,)
+    lengths: tuple[int, ...] = (1600,)
     sharpness_every: int = 196
     sharpness_sample: int = 1024
 
@@ -49,7 +49,7 @@ class Preset(common.Preset):
 PAPER = {"batch_size": 1024, "steps": 7840, "milestones": (3920, 5880), "lr": 3.2, "size": 5120}
 # The digits' peak is more than they stand unprepared.
 DIGITS = {"batch_size": 128, "steps": 300, "milestones": (150, 225), "lr": 4.0, "size": 512}
-DIGITS |= {"warmup": (0, 80), "sharpness_every": 30, "sharpness_sample": 256}
+DIGITS |= {"lengths": (0, 80), "sharpness_every": 30, "sharpness_sample": 256}
 PRESETS = {
     name: Preset(**{**vars(preset), **(DIGITS if name == "digits" else PAPER)})
     for name, preset in common.PRESETS.items()
@@ -60,7 +60,8 @@ def flags() -> runs.Parser:
     parser = common.flags(__doc__, "replicate", "noise", "subset")
     peak = runs.number(float, 0, 1e6, open_low=True)
     add = parser.add_argument_group("warmup (presets: digits, others)").add_argument
-    add("--warmup", type=runs.numbers, help="t, or several; 0 is no warmup [0,80, 1600]")
+    several = "t, or several; 0 is no warmup [0,80, 1600]"
+    add("--warmup", dest="lengths", type=runs.numbers, help=several)
     add("--peak-lr", dest="lr", type=peak, help="another name of --lr [4, 3.2]")
     add("--sharpness-every", type=runs.count, help="steps; 0 for no eigenvalues [30, 196]")
     sample = runs.number(int, 2, 10**9)
@@ -70,15 +71,14 @@ def flags() -> runs.Parser:
 
 def prepare(args: argparse.Namespace) -> common.Data:
     """As `common.prepare`, with the presets of this stage."""
-    if args.warmup and not max(args.warmup):
+    if args.lengths == (0,):
         args.subset, args.size = "all", None  # the subset is never seen
-    data = common.prepare(args, PRESETS, check_lengths)
-    return data
+    return common.prepare(args, PRESETS, check_lengths)
 
 
 def check_lengths(args: argparse.Namespace, data: common.Data) -> None:
-    if max(args.warmup) > args.steps:
-        raise runs.UserError(f"--warmup {max(args.warmup)}: longer than --steps {args.steps}")
+    if max(args.lengths) > args.steps:
+        raise runs.UserError(f"--warmup {max(args.lengths)}: longer than --steps {args.steps}")
     n = len(data.train_labels)
     if args.sharpness_every and args.sharpness_sample > n:
         problem = f"{data.name} has {n} training images"
@@ -280,11 +280,9 @@ def table(lengths: dict[int, list[dict]]) -> str:
 
 def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     """(folder, network-steps, done) of each length and replicate; reads no data."""
-    if args.warmup and not max(args.warmup):
-        args.subset, args.size = "all", None
     common.fill(args, PRESETS)
     found = []
-    for length in args.warmup:
+    for length in args.lengths:
         one = of_length(args, length)
         folder = common.run_folder(one, "warmup", run_name(one))
         found += common.planned(folder, args.replicate, args.steps)
@@ -294,7 +292,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
 def main(args: argparse.Namespace) -> list[dict]:
     """Trains with every warmup length, prints the table and the paths; returns the results."""
     data, finished, lengths = prepare(args), [], {}
-    for t in args.warmup:
+    for t in args.lengths:
         one = of_length(args, t)
         scores = None if one.subset == "all" else data.scores
         group = run_length(one, dataclasses.replace(data, scores=scores))

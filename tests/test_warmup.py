@@ -257,7 +257,7 @@ def test_the_paper_settings_and_those_of_the_scores(tmp_path, monkeypatch):
     data = warmup.prepare(args)
     assert seen == [(common.score_settings(usual), common.scores_path(usual))]
     assert (seen[0][0]["batch_size"], seen[0][0]["lr"]) == (64, 0.1)  # Table 1's, not warmup's
-    assert (args.batch_size, args.lr, args.warmup) == (128, 4.0, (0, 80))
+    assert (args.batch_size, args.lr, args.lengths) == (128, 4.0, (0, 80))
     assert np.array_equal(data.scores, np.arange(1437.0))
 
 
