@@ -16,6 +16,7 @@ import io
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -1619,10 +1620,20 @@ def subset_name(args: argparse.Namespace) -> str:
     name = f"{args.subset}{args.size}{offset}" + "balanced" * args.balance
     if args.subset == "random" or not args.scores:
         return name
-    path = args.scores.with_suffix(".json")
-    about = runs.read_json(path, "metric") if path.exists() else {"metric": args.scores.stem}
-    by = f"-{about['metric']}{about.get('rewind', '')}"  # lmc800: children spawned at step 800
-    return name + ("" if by == "-el2n" else by)
+    by = score_name(args.scores)
+    return name if by == "el2n" else f"{name}-{by}"
+
+
+def score_name(path: Path) -> str:
+    """el2n, forgetting, lmc800 (of children spawned at step 800); before they are made, the same
+    from the folder that a stage will write them to."""
+    stage, folder = path.absolute().parts[-4:-3], path.absolute().parent.name
+    if path.with_suffix(".json").exists():
+        about = runs.read_json(path.with_suffix(".json"), "metric")
+        return f"{about['metric']}{about.get('rewind', '')}"
+    if stage == ("lmc",) and (spawned := re.search(r"-rewind(\d+)", folder)):
+        return f"lmc{spawned[1]}"
+    return folder.split("-")[0] if stage == ("el2n",) else path.stem
 
 
 def settings_of(args: argparse.Namespace, data: Data, *more: str) -> dict:

@@ -574,6 +574,49 @@ def test_plan_of_commands(plans, capsys):
     ]
 
 
+def planned(monkeypatch, capsys, out: Path, *commands: str) -> list[list[str]]:
+    text = "".join(f"python {x} --out {shlex.quote(str(out))}\n" for x in commands)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    call("--plan")
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_plan_names_runs_as_the_runs_do(tmp_path, monkeypatch, capsys):
+    """By scores that are not made yet as by those that are, and each folder of a command."""
+    scores = [tmp_path / f"lmc/digits-resnet8/all-rewind{t}/scores.npy" for t in (20, 40)]
+    scores.append(tmp_path / "el2n/digits-resnet8/forgetting/scores.npy")
+    easy = "imp.py --subset easy --size 256 --rewind 20 --scores"
+    commands = [f"{easy} {shlex.quote(str(path))}" for path in scores]
+    before = planned(monkeypatch, capsys, tmp_path, *commands)
+    names = [f"easy256-{x}-rewind20" for x in ("lmc20", "lmc40", "forgetting")]
+    assert [row[3] for row in before] == [f"imp/digits-resnet8/{x}/rep0" for x in names]
+    for path, about in zip(scores, ({"rewind": 20}, {"rewind": 40}, {}), strict=True):
+        path.parent.mkdir(parents=True)
+        metric = "lmc" if about else "forgetting"
+        runs.write_json(path.with_suffix(".json"), {"metric": metric, **about})
+    assert planned(monkeypatch, capsys, tmp_path, *commands) == before
+    lmc = "lmc.py --subset all --rewind 0,20 --replicate 0-1,3"
+    [row] = planned(monkeypatch, capsys, tmp_path, lmc)
+    places = [f"lmc/digits-resnet8/all-rewind{t}/rep0-1,3" for t in (0, 20)]
+    assert row == ["todo", str(6 * 3 * 600 + 3 * (20 - 60)), "6", *places]
+
+
+def test_a_plan_of_barriers_between_networks(stage, tmp_path, monkeypatch, capsys):
+    common.torch.manual_seed(0)
+    files = [tmp_path / f"{x}.pt" for x in "ab"]
+    for path in files:
+        common.torch.save(common.ResNet(8, 4, 1, 10).state_dict(), path)
+    words = ["--width", 4, "--between", *files]
+    line = f"lmc.py {shlex.join(map(str, words))}"
+    [before] = planned(monkeypatch, capsys, tmp_path / "results", line)
+    stage("lmc", *words)
+    [folder] = (tmp_path / "results").glob("lmc/*/*/rep0")
+    capsys.readouterr()
+    place = str(folder.relative_to(tmp_path / "results"))
+    assert before == ["todo", "0", "1", place]
+    assert planned(monkeypatch, capsys, tmp_path / "results", line) == [["done", *before[1:]]]
+
+
 def test_cost_of_commands(plans, small, capsys):
     """CIFAR-10 is measured at 18 steps/s; ResNet-56 on 256 images is 6 times ResNet-20 on 128."""
     call("--cost", "--rate", "12", "--out", small[0])
