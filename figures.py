@@ -52,7 +52,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import ScaledTranslation
-from scipy import stats
 
 import common
 import runs
@@ -370,6 +369,8 @@ def welch(a: Stat, b: Stat) -> float:
     """Two-sided p of equal means; NaN where a deviation is missing or both are zero."""
     if math.isnan(a.sd + b.sd) or a.sd == b.sd == 0:
         return math.nan
+    from scipy import stats  # slow to import, and plans need none
+
     return float(stats.ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, False).pvalue)
 
 
@@ -624,6 +625,8 @@ def correlation(x: Iterable[float], y: Iterable[float]) -> str:
     x, y = list(x), list(y)
     if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
         return f"n={len(x)}"
+    from scipy import stats
+
     rank, plain = stats.spearmanr(x, y).statistic, stats.pearsonr(x, y).statistic
     return f"Pearson {plain:.2f}, Spearman {rank:.2f}, n={len(x)}"
 
@@ -844,8 +847,8 @@ def rivals(p: Picture, metric: str) -> None:
             ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
     curves = [c for c in p.curves if c.points and not c.control and not c.noise]
     by = [c for c in curves if c.metric.split()[0] == metric]
-    kinds = ("el2n", "el2n balanced", *sorted({c.metric for c in by}))  # in the paper's order,
-    order = [("random", "el2n"), *(("easy", kind) for kind in kinds)]  # random subsets first
+    rival = sorted({c.metric for c in by}, key=lambda x: (len(x), x))  # lmc 800, lmc 1600
+    order = [("random", "el2n")] + [("easy", x) for x in ("el2n", "el2n balanced", *rival)]
     for size, t in sorted({(c.size, c.rewind) for c in by}):
         ranked = pick(curves, size=size, rewind=t)
         shown = [c for subset, x in order for c in pick(ranked, subset=subset, metric=x)]
@@ -1052,6 +1055,7 @@ def folded(places: Iterable[Path]) -> tuple[str, ...]:
 
 def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
     """Of shell command lines of the stages; those of figures.py and empty ones are left out."""
+    parser_of = functools.cache(lambda stage: importlib.import_module(stage).flags())
     for line in filter(str.strip, lines):
         try:
             words = shlex.split(line)
@@ -1061,9 +1065,8 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
                 continue
             if stage not in (*STAGES, "el2n"):
                 raise runs.UserError(f"{stage}.py is no stage")
-            module = importlib.import_module(stage)
-            args = module.flags().parse_args(words[at + 1 :])
-            found = module.plan(args)
+            args = parser_of(stage).parse_args(words[at + 1 :])
+            found = importlib.import_module(stage).plan(args)
         except (ValueError, StopIteration, runs.UserError) as e:
             reason = f"{line.strip()} ({runs.one_line(e)})"
             raise runs.UserError(f"not a command of a stage: {reason}") from e

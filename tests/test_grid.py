@@ -299,13 +299,6 @@ def test_every_flag_exists():
         assert len(run("--quick", "--only", figure).stdout.splitlines()) > 2, figure
 
 
-def test_figure_7_watches_the_examples_it_trains_on():
-    everything, easy = (
-        a for s, a in stages("--only", "fig7", "--dataset", "cifar100") if s == "pretrain"
-    )
-    assert (everything.easy_size, everything.easy_balance) == (easy.size, easy.balance)
-
-
 def test_waves():
     """EL2N and forgetting scores; what needs these or none; what needs LMC scores."""
     waves = [[read(x) for x in run("--wave", k).stdout.splitlines()] for k in "123"]
