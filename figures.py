@@ -788,11 +788,12 @@ def fig7(p: Picture) -> None:
         easy[f"accuracy on the easiest {size}{within}"].append(c)
     kinds = [("test_accuracy", "test accuracy", curves)]
     kinds += [("train_accuracy", "accuracy on all training data", curves)]
-    kinds += [("easy_accuracy", ylabel, shown) for ylabel, shown in easy.items()]
-    kinds += [("coherence", "cosine of gradients to their mean", curves)]
-    for kind, ylabel, shown in kinds:
+    kinds += [("easy_accuracy", title, shown) for title, shown in easy.items()]
+    kinds += [("coherence", "gradients of batches against their mean", curves)]
+    for kind, title, shown in kinds:
         found = [(c, points) for c in shown if (points := tracked(c, kind))]
-        ax = p.panel("step", ylabel) if found else None
+        ylabel = "cosine" if kind == "coherence" else "accuracy"
+        ax = p.panel("step", ylabel, title) if found else None
         for c, points in found:
             draw(ax, points, look(c, curves), c.legend, {})
 

@@ -338,7 +338,7 @@ def test_panels_as_in_the_paper(results):
     runs_ = ["all, step 400", "all, step 800", "easy 51200, step 400"]
     assert labels(nine[0]) == labels(nine[1]) == [f"{x}, replicate 0" for x in runs_]
     seven = drawn(results, "fig7")["cifar100"]
-    assert [ax.get_ylabel() for ax in seven][2] == "accuracy on the easiest 2048, class by class"
+    assert titles(seven)[2] == "accuracy on the easiest 2048, class by class"
     assert len(seven) == 4 and labels(seven[2]) == [
         "all, step 1600",
         "easy 2048 balanced, step 1600",
