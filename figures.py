@@ -661,19 +661,17 @@ def draw_barriers(p: Picture, subset: str, size: int, t: int) -> None:
     what, edges = "all data" if subset == "all" else f"{subset} {size}", np.arange(-5, 10.5, 0.5)
     ax = p.panel("loss barrier of an example", "count", f"{what}, {t} steps")
     for c in pick(usual(p.curves), subset=subset, size=size, rewind=t):
-        if found := load_all(c, "loss_barrier_pairs.npy"):
-            pooled = np.concatenate([x.ravel() for x in found])
-            outside = ((pooled < edges[0]) | (pooled > edges[-1])).mean()
-            style = {"color": look(c)["color"], "alpha": 0.55}
-            label = f"n={len(c.runs)}, {outside:.1%} outside"
-            ax.hist(pooled, edges, label=label, **style)
-            rows = paper_rows("lmc_histograms.csv")
-            rows = [x for x in rows if x["dataset"] == p.paper]
-            rows = [x for x in rows if x["pretraining"] == f"{what}, {t} it"]
-            if published := np.array([int(x["count_of_1080000"]) for x in rows]).tolist():
-                scaled = np.array(published) / sum(published) * len(pooled)
-                ax.stairs(scaled, edges, color="k", lw=0.7, label=SOURCE)
-            ax.legend(loc="upper right", handlelength=2)
+        pooled = np.concatenate([[], *map(np.ravel, load_all(c, "loss_barrier_pairs.npy"))])
+        outside = np.mean((pooled < edges[0]) | (pooled > edges[-1])) if len(pooled) else 0
+        label = f"n={len(c.runs)}, {outside:.1%} outside"
+        ax.hist(pooled, edges, color=look(c)["color"], alpha=0.55, label=label)
+        rows = [x for x in paper_rows("lmc_histograms.csv") if x["dataset"] == p.paper]
+        rows = [x for x in rows if x["pretraining"] == f"{what}, {t} it"]
+        if rows:
+            published = np.array([int(x["count_of_1080000"]) for x in rows])
+            scaled = published / published.sum() * len(pooled)
+            ax.stairs(scaled, edges, color="k", lw=0.7, label=SOURCE)
+        ax.legend(loc="upper right", handlelength=2)
 
 
 def draw_forecast(p: Picture, rows: list[dict], key: str, column: str, xlabel: str) -> None:
@@ -688,11 +686,10 @@ def draw_forecast(p: Picture, rows: list[dict], key: str, column: str, xlabel: s
             kind = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
             ax.scatter(float(x[column]), float(y), lw=0.5, alpha=0.6, zorder=1, **kind)
     for c in p.curves:
-        at = [(x[key], x["final_accuracy"]) for x in rows if x["configuration"] == c.label]
-        style = look(c, p.curves)
-        if at:
-            style = {"color": style["color"], "marker": style["marker"]}
-            ax.scatter(*zip(*at, strict=True), s=22, label=c.label, **style)
+        if mine := [x for x in rows if x["configuration"] == c.label]:
+            x, y = ([row[k] for row in mine] for k in (key, "final_accuracy"))
+            style = {k: v for k, v in look(c, p.curves).items() if k != "linestyle"}
+            ax.scatter(x, y, s=22, label=c.label, **style)
 
 
 def fig5(p: Picture) -> None:
@@ -872,28 +869,25 @@ def examples(r: Results) -> Iterator[tuple[str, Figure]]:
         if scores is None or data.fingerprint != m["data"] or len(scores) != len(labels):
             skipped(f"{m['folder']}: scores of other data than {r.data_dir} holds")
             continue
-        of_class = [np.flatnonzero(labels == k) for k in range(len(data.classes))]
+        of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
         of_class.sort(key=lambda i: np.median(scores[i]))
         ranked = [i[np.argsort(scores[i], kind="stable")] for i in of_class]
-        classes = [data.classes[labels[i[0]]] for i in ranked]
-        size = (7, 1 + 0.22 * len(classes))
+        rows, (height, width, channels) = len(ranked), images.shape[1:]
+        size = (7, 1 + 0.22 * rows)
         figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
-        rows, height, width = len(classes), *images.shape[1:3]
-        for ax, title, chosen in (
-            (axes[0], "easiest", [i[:each] for i in ranked]),
-            (axes[1], "hardest", [i[-each:] for i in ranked]),
-        ):
-            tiles = np.full((rows, height + 1, each, width + 1, images.shape[-1]), images.max())
-            for row, i in enumerate(chosen):
-                tiles[row, :-1, : len(i), :-1] = images[i].swapaxes(0, 1)
-            picture = tiles.reshape(rows * (height + 1), each * (width + 1), -1).squeeze()
-            ax.imshow(picture, cmap="gray", extent=(0, each, rows + 0.5, 0.5), aspect="auto")
+        ends = (("easiest", slice(each)), ("hardest", slice(-each, None)))
+        for ax, (title, chosen) in zip(axes, ends, strict=False):
+            tiles = np.full((rows, height + 1, each, width + 1, channels), images.max())
+            for row, i in enumerate(ranked):
+                tiles[row, :-1, : len(i[chosen]), :-1] = images[i[chosen]].swapaxes(0, 1)
+            tiles = tiles.reshape(rows * (height + 1), each * (width + 1), channels).squeeze()
+            ax.imshow(tiles, cmap="gray", extent=(0, each, rows + 0.5, 0.5), aspect="auto")
             ax.set(title=title, xticks=[])
             ax.grid(visible=False)
         values = [scores[i] for i in ranked]
         axes[2].boxplot(values, orientation="horizontal", sym="", whis=(5, 95), widths=0.6)
         axes[2].set(xlabel=f"EL2N score at step {m['score_step']}", title="5, 25, 50, 75, 95 %")
-        axes[0].set_yticks(range(1, rows + 1), classes)
+        axes[0].set_yticks(range(1, rows + 1), [data.classes[labels[i[0]]] for i in ranked])
         yield f"{m['model']}-{m['folder'].name}", figure
 
 
