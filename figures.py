@@ -118,12 +118,17 @@ def summary(values: Iterable[float]) -> Stat:
     return Stat(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan, len(x))
 
 
-def summaries(pairs: Iterable[tuple[int, float]]) -> dict[int, Stat]:
-    """Of the values that have the same key, in the order of the keys."""
-    by_key = defaultdict(list)
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list]:
+    """(key, value) -> the values of each key."""
+    groups = defaultdict(list)
     for key, value in pairs:
-        by_key[key].append(value)
-    return {key: summary(by_key[key]) for key in sorted(by_key)}
+        groups[key].append(value)
+    return groups
+
+
+def summaries(pairs: Iterable[tuple[int, float]]) -> dict[int, Stat]:
+    """(key, value) -> a summary of each key, in the order of the keys."""
+    return {key: summary(values) for key, values in sorted(grouped(pairs).items())}
 
 
 @dataclasses.dataclass
@@ -286,10 +291,8 @@ class Results:
 
     def pictures(self, stage: str) -> Iterator[Picture]:
         """The configurations of a stage that belong in one picture each."""
-        folders, models = defaultdict(list), defaultdict(lambda: defaultdict(list))
-        for run in self.runs:
-            if run.place[0] == stage:
-                folders[run.place].append(run)
+        folders = grouped((run.place, run) for run in self.runs if run.place[0] == stage)
+        models = defaultdict(lambda: defaultdict(list))
         for (_, model, _), group in folders.items():
             rest = sorted((k, str(v)) for k, v in group[0].settings.items() if k not in CURVE)
             models[model][tuple(rest)].append(make_curve(group, self.metrics))
@@ -727,11 +730,8 @@ def fig6(p: Picture) -> None:
     """A column for each kind of subset, with a curve for each size, balance and offset: accuracies
     by length of warmup in the first row, sharpness at a typical length in the second."""
     curves = [c for c in p.curves if not c.noise and any(x.done for x in c.runs)]
-    by_examples = defaultdict(list)
-    for c in sorted(curves, key=lambda c: (c.size, c.metric, c.rewind)):
-        if c.rewind:
-            by_examples[c.subset, c.size, c.metric].append(c)
-    groups = [*by_examples.values()]
+    warmed = sorted((c for c in curves if c.rewind), key=lambda c: (c.size, c.metric, c.rewind))
+    groups = [*grouped(((c.subset, c.size, c.metric), c) for c in warmed).values()]
     windows = {g[0].size for g in groups if " from " in g[0].metric}
     columns = {kind: [g for g in groups if g[0].subset == kind] for kind in SUBSETS[1:]}
     columns["windows"] = [g for g in columns["easy"] if g[0].size in windows]
@@ -840,7 +840,7 @@ def rivals(p: Picture, metric: str) -> None:
     for a, b in itertools.product(other, el2n):
         y, x = (load(m["folder"] / "scores.npy") for m in (a, b))
         if x is not None and y is not None:
-            xlabel = f"EL2N score at step {b['score_step']}"
+            xlabel = f"EL2N score at step {b['score_step']} (darker: more examples)"
             ax = p.panel(xlabel, f"{a['name']} score", correlation(x, y))
             ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
     curves = [c for c in p.curves if c.points and not c.control and not c.noise]
@@ -1038,12 +1038,10 @@ class Job(NamedTuple):
 
 def folded(places: Iterable[Path]) -> tuple[str, ...]:
     """Run folders, the replicates of one configuration in one: rep0, rep1, rep2 -> rep0-2."""
-    replicates = defaultdict(list)
-    for place in places:
-        number = re.fullmatch(r"rep(\d+)", place.name)
-        replicates[place.parent if number else place] += [int(number[1])] if number else []
+    parts = ((re.fullmatch(r"(.+)/rep(\d+)", str(place)), place) for place in places)
+    replicates = grouped((x[1], int(x[2])) if x else (str(place), None) for x, place in parts)
     return tuple(
-        f"{folder}/rep{ranges(numbers).replace(' ', '')}" if numbers else str(folder)
+        folder if None in numbers else f"{folder}/rep{ranges(numbers).replace(' ', '')}"
         for folder, numbers in replicates.items()
     )
 
@@ -1073,16 +1071,15 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
 def rates(found: list[Run]) -> dict[str, float]:
     """Network-steps per second of each model, the median over the levels of imp. Replicates of one
     folder with the same seconds trained side by side."""
-    by_folder = defaultdict(list)
-    for run in found:
-        if run.place[0] == "imp":
-            by_folder[run.place] += run.result["levels"]
-    by_model = defaultdict(list)
-    for (_, model, _), levels in by_folder.items():
-        beside = Counter((x["level"], x["seconds"]) for x in levels)
-        together = ((x["steps_per_second"], beside[x["level"], x["seconds"]]) for x in levels)
-        by_model[model] += [rate * count for rate, count in together]
-    return {model: float(np.median(rate)) for model, rate in by_model.items() if rate}
+    levels = [
+        (run.place, x) for run in found if run.place[0] == "imp" for x in run.result["levels"]
+    ]
+    beside = Counter((place, x["level"], x["seconds"]) for place, x in levels)
+    by_model = grouped(
+        (place[1], x["steps_per_second"] * beside[place, x["level"], x["seconds"]])
+        for place, x in levels
+    )
+    return {model: float(np.median(rate)) for model, rate in by_model.items()}
 
 
 def rate_of(stage: str, model: str, measured: dict[str, float], rate: float | None) -> float:
