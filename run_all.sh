@@ -23,7 +23,7 @@
 #   --partition, --account, --time, --gres, --sbatch OPTION    go to sbatch
 set -uf -o pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-out=results data_dir=data mode=run only='' wave_only='' datasets=() preset=cifar10 quick='' spread=''
+out=results data_dir=data mode=run only='' wave='' datasets=() preset=cifar10 quick='' spread=''
 grid='' jobs='' gpus=() device='' rate='' sbatch=() extra=() levels='' sharpness=''
 python=${PYTHON:-$(command -v python || command -v python3)}
 if [[ $here = "$PWD" ]]; then beside=''; else beside=$here/; fi
@@ -34,7 +34,7 @@ fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
 
 # A task is a command: the figures it is for; its wave; the task that makes the scores it needs; and
 # the one whose scores are to be named in the command, once their folder is known.
-command=() figures=() wave=() need=() scored=()
+command=() figures=() waves=() need=() scored=()
 declare -A known=() # command -> task
 
 # Set before a call, for it alone: label noise; the task whose scores rank the examples instead of
@@ -63,7 +63,7 @@ add() { # FIGURES STAGE NEED FLAG...: sets `made` to the task
     figures[made]="${figures[made]-} $1"
     ((made == ${#command[@]})) || return 0
     command+=("$text") need+=("$3") scored+=("$scores")
-    case $2$3 in el2n) wave+=(1) ;; "$2") wave+=(2) ;; *) wave+=($((wave[$3] + 1))) ;; esac
+    case $2$3 in el2n) waves+=(1) ;; "$2") waves+=(2) ;; *) waves+=($((waves[$3] + 1))) ;; esac
 }
 
 el2n() { # FIGURES FLAG...
@@ -235,8 +235,8 @@ select_tasks() { # those of --only and what they need; paths of scores
     ((${#makers[@]} == 0)) || plan "${makers[@]}"
     for i in "${!wanted[@]}"; do
         [[ -n ${scored[i]} ]] || continue
-        f=${folder[scored[i]]}
-        quote "--scores=$out/${f%/rep*}/scores.npy"
+        [[ ${folder[scored[i]]} =~ ^(.*)/rep[0-9,-]+$|^(.*)$ ]] # beside those of the replicates
+        quote "--scores=$out/${BASH_REMATCH[1]}${BASH_REMATCH[2]}/scores.npy"
         command[i]+=" $text"
     done
 }
@@ -250,7 +250,7 @@ figures_line() { # sets `text`
 commands() { # prints those of --wave
     local i
     for i in "${!wanted[@]}"; do
-        [[ -n $wave_only && ${wave[i]} != "$wave_only" ]] || echo "${command[i]}"
+        [[ -n $wave && ${waves[i]} != "$wave" ]] || echo "${command[i]}"
     done
 }
 
@@ -418,10 +418,8 @@ while (($#)); do
     case $1 in
     --only) only+=${only:+,}$2 ;;
     --dataset) datasets+=("$2") ;;
-    --out) out=${2%/} ;;
-    --preset | --device | --grid | --rate | --jobs) printf -v "${1#--}" %s "$2" ;;
+    --out | --preset | --device | --grid | --rate | --jobs | --wave) printf -v "${1#--}" %s "$2" ;;
     --data-dir) data_dir=$2 ;;
-    --wave) wave_only=$2 ;;
     --gpus) IFS=, read -ra gpus <<<"$2" ;;
     --partition | --account | --time | --gres) sbatch+=("$1=$2") ;;
     --sbatch) sbatch+=("$2") ;;
@@ -430,7 +428,7 @@ while (($#)); do
     esac
     shift 2
 done
-cores=$(nproc 2>/dev/null || echo 1)
+out=${out%/} cores=$(nproc 2>/dev/null || echo 1)
 if [[ -n $quick ]]; then
     datasets=(digits) levels=4 sharpness=100 R=0-1 extra=(--steps=200 "--milestones=100,150")
     : "${jobs:=$((cores < 2 ? 1 : 2))}"
@@ -460,7 +458,7 @@ case $mode in
 list)
     commands
     figures_line
-    [[ -n $wave_only && $wave_only != 4 ]] || echo "$text" ;;
+    [[ -n $wave && $wave != 4 ]] || echo "$text" ;;
 cost) commands | "$python" "$here/figures.py" --cost "--out=$out" ${rate:+"--rate=$rate"} ;;
 run)
     plan "${!wanted[@]}"
