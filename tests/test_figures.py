@@ -448,9 +448,9 @@ def test_pictures_and_tables_are_written(small, capsys):
     assert float(row["ours"]) == pytest.approx(np.mean(accuracy), abs=1e-5)
     assert float(row["sd"]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-5)
     assert row["paper"] == "0.91535" and row["paper_n"] == "4"
-    theirs = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
+    published = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
     ours = (float(row["ours"]), float(row["sd"]), 2)
-    p = stats.ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue
+    p = stats.ttest_ind_from_stats(*ours, *published, equal_var=False).pvalue
     assert float(row["welch_p"]) == pytest.approx(p, rel=1e-2)
     assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
 

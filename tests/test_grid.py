@@ -6,6 +6,7 @@ figures.py) and from paper/*.csv. A line: stage, subset, sizes, @ steps, and wha
 
 import argparse
 import csv
+import functools
 import importlib
 import itertools
 import os
@@ -163,6 +164,7 @@ def expand(lines: list[str]) -> set[Command]:
     return found
 
 
+@functools.cache
 def run(*args: str) -> subprocess.CompletedProcess:
     command = ["bash", ROOT / "run_all.sh", "--list", *args]
     env = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
@@ -196,6 +198,7 @@ def read(line: str) -> tuple[str, Command, str]:
     return flags["dataset"], command, flags.get("replicate", "")
 
 
+@functools.cache
 def commands(*args: str) -> list[tuple[str, Command, str]]:
     done = run(*args)
     assert done.returncode == 0, done.stderr
