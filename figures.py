@@ -702,7 +702,7 @@ def fig5(p: Picture) -> None:
         return
     rows = [x for x in rows if x["final_accuracy"] is not None]
     size, t = HISTOGRAMS.get(p.paper, (0, 0))
-    if not pick(usual(p.curves), size=size, rewind=t):
+    if not pick(usual(p.curves), subset={"random", "easy"}, size=size, rewind=t):
         size, t = main_setting(usual(p.curves))
     draw_barriers(p, "all", 0, t)
     draw_barriers(p, "all", 0, 2 * t)
@@ -840,7 +840,7 @@ def rivals(p: Picture, metric: str) -> None:
     for a, b in itertools.product(other, el2n):
         y, x = (load(m["folder"] / "scores.npy") for m in (a, b))
         if x is not None and y is not None:
-            xlabel = f"EL2N score at step {b['score_step']} (darker: more examples)"
+            xlabel = f"EL2N score at step {b['score_step']}; darker: more"
             ax = p.panel(xlabel, f"{a['name']} score", correlation(x, y))
             ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
     curves = [c for c in p.curves if c.points and not c.control and not c.noise]

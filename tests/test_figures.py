@@ -422,8 +422,12 @@ def test_final_accuracy_of_this_model_alone(small):
     f.lmc(subset="easy", size=3200, rewind=200)
     f.put("lmc", 0, {"loss_barrier": 1.0}, {}, between=["a", "b"])  # no w_tr
     SHAPES["digits"] = (8, 4)
-    Folders(out, "digits").imp(rewind=0)
+    other = Folders(out, "digits")
     del SHAPES["digits"]
+    other.imp(rewind=0)
+    for settings in ({"rewind": 0}, {"subset": "random", "size": 256, "rewind": 20}):
+        other.lmc(**settings)
+    assert titles(drawn(out, "fig5")["digits"])[3] == "random 256, 20 steps"
     r = figures.Results(figures.read_runs(out), {})
     rows = dict(figures.tables(r, (), 1.0))["lmc-cifar10-resnet20"]
     assert [x["level"] for x in rows] == [7, 7]
