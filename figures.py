@@ -1013,6 +1013,10 @@ def missing(r: Results, shown: dict[str, list[str]], datasets: list[str], others
     for data in datasets if {"fig2", "fig3", "fig11"} & set(shown) else ():
         have = {c.key[:3] for c in made if c.runs[0].settings["dataset"] == data}
         wanted = [c.key[:3] for c in usual(paper_curves(data).values())]
+        if data == "digits":  # not in the paper: its Figure 2
+            p = common.PRESETS[data]
+            wanted = [("all", 0, t) for t in (0, p.rewind, 2 * p.rewind)]
+            wanted += [(subset, p.size, p.rewind) for subset in SUBSETS[1:]]
         lacking = [x for x in wanted if x not in have]
         for subset, size, t in lacking[:1]:
             command = ["python", "imp.py", "--dataset", data, "--subset", subset]
