@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -907,9 +908,8 @@ STATE = ("weights", "momentum", "batchnorm", "diverged")
 
 
 def check_fits(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a state_dict that `model` has; UserError where anything is missing or of another
-    shape."""
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    """`state`, of `read_network`, if it is a network like `model`; UserError where anything is
+    missing or of another shape."""
     wanted = model.state_dict()
     wanted = {k: v.shape for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
     for name in [*wanted, *state]:
@@ -923,7 +923,8 @@ def check_fits(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[
 
 
 def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict of a .pt, ours or anyone's, and what else one of ours says."""
+    """The state_dict of a .pt, ours or anyone's, without counts of batches, and what else one of
+    ours says."""
     content = runs.load_tensors(path)
     ours = isinstance(content, dict) and "sha256" in content
     if ours:
@@ -935,6 +936,7 @@ def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not state or not named:
         raise UserError(f'{path} holds no network: neither a state_dict nor one as "model"')
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     return state, about if ours else {}
 
 
@@ -1573,10 +1575,20 @@ def subset_name(args: argparse.Namespace) -> str:
     name = f"{args.subset}{args.size}{offset}" + "balanced" * args.balance
     if args.subset == "random" or not args.scores:
         return name
-    path = args.scores.with_suffix(".json")
-    about = runs.read_json(path, "metric") if path.exists() else {"metric": args.scores.stem}
-    by = f"-{about['metric']}{about.get('rewind', '')}"  # lmc800: children spawned at step 800
-    return name + ("" if by == "-el2n" else by)
+    by = score_name(args.scores)
+    return name if by == "el2n" else f"{name}-{by}"
+
+
+def score_name(path: Path) -> str:
+    """el2n, forgetting, lmc800 (of children spawned at step 800); before they are made, the same
+    from the folder that a stage will write them to."""
+    stage, folder = path.absolute().parts[-4:-3], path.absolute().parent.name
+    if path.with_suffix(".json").exists():
+        about = runs.read_json(path.with_suffix(".json"), "metric")
+        return f"{about['metric']}{about.get('rewind', '')}"
+    if stage == ("lmc",) and (spawned := re.search(r"-rewind(\d+)", folder)):
+        return f"lmc{spawned[1]}"
+    return folder.split("-")[0] if stage == ("el2n",) else path.stem
 
 
 def planned(

@@ -41,7 +41,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -52,7 +52,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import ScaledTranslation
-from scipy import stats
 
 import common
 import runs
@@ -80,10 +79,12 @@ HISTOGRAMS = {"cifar10": (3200, 200), "cifar100": (3200, 400), "cinic10": (25600
 DENSE = {"cinic10": 400}  # rewind of the run whose level 0 is called dense, else t*
 # What tells the curves of one picture apart; runs that differ in anything else get one each.
 CURVE = {"subset", "size", "offset", "balance", "scores", "label_noise", "rewind", "replicate"}
-CURVE |= {"track", "every", "warmup", "pretrain_lr", "prune_fraction", "control", "init"}
+CURVE |= {"track", "every", "easy_size", "easy_balance", "warmup", "pretrain_lr"}
+CURVE |= {"prune_fraction", "control", "init"}
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.alpha": 0.25}
-STYLE |= {"legend.fontsize": 6.5, "legend.frameon": False, "lines.linewidth": 1.2}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"legend.fontsize": 6.5, "legend.frameon": False, "legend.handlelength": 4}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2}
+DOTTED = {"color": "0.5", "lw": 0.8, "ls": (0, (1, 2)), "zorder": 0}  # to compare with
 STYLE |= {"svg.hashsalt": "tickets", "svg.fonttype": "none"}
 plt.rcParams.update(STYLE)
 
@@ -92,13 +93,15 @@ plt.rcParams.update(STYLE)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    stage: str
-    model: str
-    name: str
-    folder: Path
+    folder: Path  # results/STAGE/MODEL/NAME/rep<k>
     settings: dict
     result: dict  # result.json; of an imp run in progress the levels it has
     done: bool
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """(stage, model, name)"""
+        return self.folder.parts[-4:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,19 @@ class Stat:
 def summary(values: Iterable[float]) -> Stat:
     x = np.asarray(list(values), float)
     return Stat(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan, len(x))
+
+
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list]:
+    """(key, value) -> the values of each key."""
+    groups = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
+def summaries(pairs: Iterable[tuple[int, float]]) -> dict[int, Stat]:
+    """(key, value) -> a summary of each key, in the order of the keys."""
+    return {key: summary(values) for key, values in sorted(grouped(pairs).items())}
 
 
 @dataclasses.dataclass
@@ -134,36 +150,49 @@ class Curve:
         return self.subset, self.size, self.rewind, self.noise, self.metric, self.control
 
     @property
-    def label(self) -> str:
-        what = self.subset if self.subset == "all" else f"{self.subset} {self.size}"
+    def what(self) -> str:
+        """The examples: easy 3200 balanced."""
         by = self.metric.removeprefix("el2n").strip()
+        return f"{self.subset} {self.size or ''}".strip() + f" {by}" * bool(by)
+
+    @property
+    def label(self) -> str:
         noise = f", {self.noise:.0%} noise" if self.noise else ""
-        control = f", {self.control}" if self.control else ""
-        return f"{what} {by}".strip() + f", step {self.rewind}{noise}{control}"
+        return f"{self.what}, step {self.rewind}{noise}" + f", {self.control}" * bool(self.control)
 
     @property
     def legend(self) -> str:
-        n = sorted({p.n for p in self.points.values()} or {len(self.runs)})
+        n = counts(self.points.values()) if self.points else len(self.runs)
         going = "*" if any(not r.done for r in self.runs) else ""
-        return f"{self.label} (n={'-'.join(map(str, n[:: max(1, len(n) - 1)]))}){going}"
+        return f"{self.label} (n={n}){going}"
+
+
+def counts(points: Iterable[Stat]) -> str:
+    """n of some points, "4" or "2-4"."""
+    n = sorted({p.n for p in points})
+    return "-".join(map(str, n[:: max(1, len(n) - 1)]))
+
+
+def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
+    """Those with these attributes; a set or tuple stands for any of its values."""
+    choices = {k: v if isinstance(v, set | tuple) else (v,) for k, v in wanted.items()}
+    return [c for c in curves if all(getattr(c, k) in v for k, v in choices.items())]
 
 
 def read_run(config: Path) -> Run:
     """The run of a config.json; KeyError, TypeError or ValueError if it is not one of ours."""
-    folder = config.parent
-    stage, model, name = folder.parts[-4:-1]
+    folder, imp = config.parent, config.parts[-5] == "imp"
     done = (folder / "result.json").exists()
     value = runs.read_json(folder / "result.json" if done else config)
     settings = (value["config"] if done else value)["settings"]
-    if not done and stage == "imp":
+    if not done and imp:
         rows = [x for x in runs.read_rows(folder / "log.csv") if x["phase"].startswith("level")]
         value["levels"] = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in rows]
     for key in ("dataset", "subset", "label_noise", "steps", "replicate"):
         settings[key]
-    if stage == "imp":
-        keys = ("level", "test_accuracy", "weights_remaining")
-        value["levels"] = [x | {k: float(x[k]) for k in keys} for x in value["levels"]]
-    return Run(stage, model, name, folder, settings, value, done)
+    for x in value["levels"] if imp else ():
+        x |= {k: float(x[k]) for k in ("level", "test_accuracy", "weights_remaining")}
+    return Run(folder, settings, value, done)
 
 
 def skipped(reason: Any) -> None:
@@ -175,87 +204,81 @@ def read_runs(out: Path) -> list[Run]:
     are barriers between any two networks, and runs that could not go on, but for imp's levels."""
     found = []
     for path in sorted(p for s in STAGES for p in out.glob(f"{s}/*/*/rep*/config.json")):
-        if path.parts[-3].startswith("between-"):
-            continue
         try:
             run = read_run(path)
+            usable = run.result.get("ended") is None or run.place[0] == "imp"
+            found += [run] if usable and "between" not in run.settings else []
         except runs.UserError as e:
             skipped(e)
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             skipped(f"{path.parent}: not one of our runs ({e!r})")
-        else:
-            if run.result.get("ended") is None or run.stage == "imp":
-                found.append(run)
     return found
 
 
 def read_metrics(out: Path) -> dict[str, dict]:
-    """scores.json, and where it lies, by the fingerprint of its scores."""
+    """scores.json by the fingerprint of its scores, with `folder`, `model`, `dataset` and `name`:
+    el2n, el2n 1600 (steps other than the preset's), lmc 800, forgetting."""
     found = {}
     for path in sorted([*out.glob("el2n/*/*/scores.json"), *out.glob("lmc/*/*/scores.json")]):
         try:
             about = runs.read_json(path)
-            found[about["sha256_of_scores"]] = {**about, "folder": path.parent}
+            name, step, model = about["metric"], about.get("score_step"), path.parts[-3]
+            data = model.rsplit("-", 1)[0]
+            if name.startswith("lmc"):
+                name = f"lmc {about['rewind']}"
+            elif name == "el2n" and data in common.PRESETS:
+                name += f" {step}" * (step != common.PRESETS[data].score_step)
+            about |= {"folder": path.parent, "model": model, "dataset": data, "name": name}
+            found[about["sha256_of_scores"]] = about
         except (runs.UserError, KeyError) as e:
             skipped(e)
     return found
 
 
-def load(path: Path) -> np.ndarray | None:
-    """An .npy of a run, or None with a line on stderr."""
+def load(path: Path) -> Any:
+    """An .npy or .pt of a run, or None with a line on stderr."""
     try:
-        return runs.read_npy(path)
+        return (runs.read_npy if path.suffix == ".npy" else runs.read_tensors)(path)
     except runs.UserError as e:
         return skipped(e)
 
 
-def score_name(about: dict) -> str:
-    """Of scores.json: el2n, el2n 1600 (steps other than the preset's), lmc 800, forgetting."""
-    metric, step = about["metric"], about.get("score_step")
-    if metric.startswith("lmc"):
-        return f"lmc {about['rewind']}"
-    preset = common.PRESETS.get(about["folder"].parts[-2].rsplit("-", 1)[0])
-    return f"el2n {step}" if metric == "el2n" and preset and step != preset.score_step else metric
-
-
-def metric_of(run: Run, metrics: dict[str, dict]) -> str:
-    """By what a subset was chosen: "el2n" for the usual way, and whatever is unusual."""
-    s = run.settings
-    if s.get("init"):
-        return run.name.split("-rewind")[0]
-    about = metrics.get(s.get("scores")) if s["subset"] in ("easy", "hard") else None
-    words = [score_name(about) if about else "el2n"] + ["balanced"] * bool(s.get("balance"))
-    return " ".join(words + [f"from {o}" for o in [s.get("offset")] if o])
+def load_all(curve: Curve, name: str) -> list[np.ndarray]:
+    """An array of each finished replicate that has it."""
+    paths = (x.folder / name for x in curve.runs if x.done)
+    return [x for p in paths if p.exists() and (x := load(p)) is not None]
 
 
 def make_curve(found: list[Run], metrics: dict[str, dict]) -> Curve:
     """The replicates of one folder."""
-    s, by_level = found[0].settings, defaultdict(list)
-    for x in itertools.chain(*(run.result.get("levels", ()) for run in found)):
-        by_level[int(x["level"])].append(x)
-    points = {k: summary(x["test_accuracy"] for x in by_level[k]) for k in sorted(by_level)}
-    remaining = {k: by_level[k][0]["weights_remaining"] for k in points}
-    step, metric = s.get("rewind", s.get("warmup", 0)), metric_of(found[0], metrics)
+    s = found[0].settings
+    about = metrics.get(s.get("scores")) if s["subset"] in ("easy", "hard") else None
+    metric = (about["name"] if about else "el2n") + " balanced" * bool(s.get("balance"))
+    metric += f" from {s['offset']}" if s.get("offset") else ""
+    if s.get("init"):
+        metric = found[0].place[-1].split("-rewind")[0]
+    step = s.get("rewind", s.get("warmup", 0))
     key = s["subset"], s.get("size") or 0, step, s["label_noise"], metric, s.get("control") or ""
-    return Curve(*key, points, remaining, found)
+    levels = [x for run in found for x in run.result.get("levels", ())]
+    points = summaries((int(x["level"]), x["test_accuracy"]) for x in levels)
+    return Curve(*key, points, {int(x["level"]): x["weights_remaining"] for x in levels}, found)
 
 
-def pictures(found: list[Run], stage: str, metrics: dict) -> Iterator[tuple[str, list[Curve]]]:
-    """The configurations that belong in one picture, and its name: a model, and where runs of it
-    differ in more than CURVE, in what."""
-    folders, models = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    for run in found:
-        if run.stage == stage:
-            folders[run.model, run.name].append(run)
-    for (model, _), group in folders.items():
-        rest = sorted((k, str(v)) for k, v in group[0].settings.items() if k not in CURVE)
-        models[model][tuple(rest)].append(make_curve(group, metrics))
-    for model, variants in models.items():
-        differ = {k for a, b in itertools.combinations(variants, 2) for k, _ in set(a) ^ set(b)}
-        for variant, curves in variants.items():
-            more = "".join(f"-{k}{v}" for k, v in variant if k in differ)
-            curves.sort(key=lambda c: (SUBSETS.index(c.subset), *c.key[1:]))
-            yield model + "".join(c if c.isalnum() or c in "-_." else "+" for c in more), curves
+@dataclasses.dataclass
+class Picture:
+    """What one picture is drawn from, and its panels so far."""
+
+    name: str  # a model, and where runs of it differ in more than CURVE, in what
+    curves: list[Curve]
+    paper: str  # whose curves of the paper stand behind: cifar10, or ""
+    results: "Results"
+
+    @functools.cached_property
+    def figure(self) -> Figure:
+        return plt.figure(layout="constrained")
+
+    def panel(self, xlabel: str, ylabel: str, title: str = "") -> Axes:
+        return self.figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 @dataclasses.dataclass
@@ -266,12 +289,22 @@ class Results:
     data_dir: Path = Path("data")
     datasets: tuple[str, ...] = ()  # --dataset, names or folders of images
 
-    def pictures(self, stage: str) -> Iterator[tuple[str, list[Curve], str]]:
-        """`pictures`, and whose data set of the paper stands behind: cifar10, cifar10-jpeg."""
-        for name, curves in pictures(self.runs, stage, self.metrics):
-            data = curves[0].runs[0].settings["dataset"]
-            theirs = next((p for p in PUBLISHED if f"{data}-".startswith(f"{p}-")), "")
-            yield name, curves, self.paper or theirs
+    def pictures(self, stage: str) -> Iterator[Picture]:
+        """The configurations of a stage that belong in one picture each."""
+        folders = grouped((run.place, run) for run in self.runs if run.place[0] == stage)
+        models = defaultdict(lambda: defaultdict(list))
+        for (_, model, _), group in folders.items():
+            rest = sorted((k, str(v)) for k, v in group[0].settings.items() if k not in CURVE)
+            models[model][tuple(rest)].append(make_curve(group, self.metrics))
+        for model, variants in models.items():
+            differ = {k for a, b in itertools.combinations(variants, 2) for k, _ in set(a) ^ set(b)}
+            for variant, curves in variants.items():
+                more = "".join(f"-{k}{v}" for k, v in variant if k in differ)
+                more = "".join(c if c.isalnum() or c in "-_." else "+" for c in more)
+                curves.sort(key=lambda c: (SUBSETS.index(c.subset), *c.key[1:]))
+                data = curves[0].runs[0].settings["dataset"]  # cifar10-jpeg is cifar10, too
+                behind = next((p for p in PUBLISHED if f"{data}-".startswith(f"{p}-")), "")
+                yield Picture(model + more, curves, self.paper or behind, self)
 
 
 # ---- the paper's numbers -------------------------------------------------------------------------
@@ -303,7 +336,7 @@ def paper_curves(dataset: str) -> dict[tuple, Curve]:
             c.points[k] = paper_stat(r["accuracy_mean"], r["accuracy_std"], r["replicates"])
             c.remaining[k] = float(r["weights_remaining"])
     if dataset == "cifar10":  # the easy subsets of these curves were class-balanced: README.md
-        easy = [c for key, c in curves.items() if key[0] == "easy" and key[3:] == (0, "el2n", "")]
+        easy = pick(curves.values(), subset="easy", noise=0, metric="el2n")
         curves |= {(*c.key[:4], "el2n balanced", ""): c for c in easy}
     return curves
 
@@ -313,16 +346,18 @@ def paper_warmup(c: Curve) -> dict[int, Stat]:
     subsets are balanced, its windows are not."""
     start = re.fullmatch(r"el2n(?: from (\d+))?", c.metric)
     wanted = {"all": ("fig6", "all", "50000", ""), "random": ("fig6", "random", str(c.size), "")}
-    if c.subset == "easy" and c.metric == "el2n balanced":
+    if c.metric == "el2n balanced":
         wanted["easy"] = "fig6", "easy", str(c.size), ""
-    elif c.subset == "easy" and start:
+    elif start:
         wanted["easy"] = "rolling", "score_window", str(c.size), start[1] or "0"
     keys = ("experiment", "subset_type", "subset_size", "left_offset")
-    rows = paper_rows("warmup_curves.csv")
-    rows = [x for x in rows if tuple(x[k] for k in keys) == wanted.get(c.subset)]
     stat = ("test_accuracy_mean", "test_accuracy_std", "n_replicates")
-    rows = [x for x in rows if x[stat[0]]]  # a few points of the windows could not be read
-    return {int(x["warmup_steps"]): paper_stat(*(x[k] for k in stat)) for x in rows}
+    return {
+        int(x["warmup_steps"]): paper_stat(*(x[k] for k in stat))
+        for x in paper_rows("warmup_curves.csv")
+        if tuple(x[k] for k in keys) == wanted.get(c.subset)
+        and x[stat[0]]  # a few points of the windows could not be read
+    }
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -337,6 +372,8 @@ def welch(a: Stat, b: Stat) -> float:
     """Two-sided p of equal means; NaN where a deviation is missing or both are zero."""
     if math.isnan(a.sd + b.sd) or a.sd == b.sd == 0:
         return math.nan
+    from scipy import stats  # slow to import, and plans need none
+
     return float(stats.ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, False).pvalue)
 
 
@@ -375,42 +412,35 @@ def ranges(levels: Iterable[int]) -> str:
     return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans) or "none"
 
 
-def matching_dense(points: dict[int, Stat], dense: Stat | None, slack: float) -> list[int]:
-    """The levels that are as good as the dense network."""
-    return [k for k, p in points.items() if dense and not is_below(p, dense, slack)]
-
-
 def all_data(curves: Iterable[Curve], noise: float = 0.0) -> list[Curve]:
     """By rewind step."""
-    wanted = "all", noise, "el2n", ""
-    full = [c for c in curves if (c.subset, *c.key[3:]) == wanted and c.points]
-    return sorted(full, key=lambda c: c.rewind)
+    full = pick(curves, subset="all", noise=noise, metric="el2n", control="")
+    return sorted((c for c in full if c.points), key=lambda c: c.rewind)
 
 
-def star_of(curves: list[Curve], noise: float = 0.0) -> Curve | None:
-    """w_t*: the latest rewind of all data; under label noise the noisy one, where it is there."""
+def references(curves: list[Curve], data: str, noise: float) -> tuple[Stat | None, Curve | None]:
+    """The dense network, level 0 of all data at t* or as the paper chose, and w_t*, the latest
+    rewind of all data; under label noise the noisy ones, where they are there."""
     full = all_data(curves, noise) or all_data(curves)
-    return full[-1] if full else None
-
-
-def dense_of(curves: list[Curve], data: str, noise: float = 0.0) -> Stat | None:
-    """Level 0 of all data at t*, or as the paper chose."""
-    full = [c for c in all_data(curves, noise) or all_data(curves) if 0 in c.points]
-    chosen = [c for c in full if c.rewind == DENSE.get(data)] or full
-    return chosen[-1].points[0] if chosen else None
+    chosen = pick(full, rewind=DENSE.get(data)) or full
+    return (chosen[-1].points.get(0), full[-1]) if full else (None, None)
 
 
 def compare(
     a: Curve, b: Curve, curves: list[Curve], data: str, levels: Iterable[int] = (), slack=1.0
 ) -> dict:
     """One row of the table of verdicts, over `levels`, or all but 0."""
-    dense, star = dense_of(curves, data, a.noise), star_of(curves, a.noise)
+    dense, star = references(curves, data, a.noise)
     chosen = [k for k in a.points if (k in levels if levels else k > 0)]
     common_levels = [k for k in chosen if k in b.points]
     gaps = {k: a.points[k].mean - b.points[k].mean for k in common_levels}
     ends = [f"{a.remaining[k]:.1%}" for k in (common_levels[:1] + common_levels[-1:])]
-    matches, good = "-", matching_dense(star.points, dense, slack) if star else []
-    if good := [k for k in good if k in chosen]:
+
+    def as_dense(c: Curve) -> list[int]:
+        return [k for k, p in c.points.items() if dense and not is_below(p, dense, slack)]
+
+    matches = "-"
+    if good := [k for k in as_dense(star) if k in chosen] if star else []:
         bad = below(a.points, star.points, good, slack)
         matches = f"no: below at {ranges(bad)} of {ranges(good)}" if bad else "yes"
     return {
@@ -425,53 +455,74 @@ def compare(
         "mean_difference": float(np.mean([*gaps.values()])) if gaps else math.nan,
         "smallest_difference": min(gaps.values(), default=math.nan),
         "A_matches_w_t*": matches,
-        "A_matches_dense_at": ranges(matching_dense(a.points, dense, slack)),
-        "B_matches_dense_at": ranges(matching_dense(b.points, dense, slack)),
+        "A_matches_dense_at": ranges(as_dense(a)),
+        "B_matches_dense_at": ranges(as_dense(b)),
     }
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def shade(color: str, k: int, n: int) -> tuple:
-    """The k-th of n shades of a colour; the last is the colour."""
-    rgb = np.array(matplotlib.colors.to_rgb(color))
-    return tuple(rgb + (1 - rgb) * 0.65 * (n - 1 - k) / max(n - 1, 1))
+def arrange(figure: Figure, columns: int, shared: bool) -> None:
+    """Panels in rows; the legends below them, where they hide nothing: one of the picture where
+    they are `shared`, else one of each panel. As high as legends need."""
+    columns = min(columns, len(figure.axes))
+    grid = figure.add_gridspec(-(-len(figure.axes) // columns), columns)
+    entries, most = {}, 0
+    for ax, place in zip(figure.axes, grid, strict=False):
+        ax.set_subplotspec(place)
+        handles, labels = ax.get_legend_handles_labels()
+        own = {} if ax.get_legend() else dict(zip(labels, handles, strict=True))
+        own |= {SOURCE: own.pop(SOURCE)} if SOURCE in own else {}  # once, and last
+        entries, most = entries | own, max(most, len(own) * (not shared))
+        if own and not shared:
+            under = ax.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
+            place = {"bbox_to_anchor": (-0.1, 0), "bbox_transform": under}
+            ax.legend(own.values(), own, loc="upper left", **place)
+    width = columns * max(3.1, 4 / columns)
+    height = grid.nrows * (2.6 + 0.15 * most)
+    if entries and shared:
+        per_row = max(1, int(width / 1.9))
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=per_row)
+        height += 0.3 + 0.15 * -(-len(entries) // per_row)
+    figure.set_size_inches(width, height)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+
+
+def kind_of(c: Curve) -> str:
+    """Its name in LOOK."""
+    by = c.metric.split()[0]
+    by = "balanced" if c.metric == "el2n balanced" else c.subset if by == "el2n" else by
+    return c.control or (by if by in LOOK else "own")
 
 
 def look(c: Curve, among: Iterable[Curve] = ()) -> dict[str, Any]:
     """Colour, line and marker; of curves of one kind the earlier are lighter."""
-    kind = c.metric.split()[0]
-    kind = "balanced" if c.metric == "el2n balanced" else c.subset if kind == "el2n" else kind
-    kind = c.control or kind
-    color, line, marker = LOOK.get(kind, LOOK["own"])
-    group = (c.subset, c.metric, c.control)
-    alike = [r.key for r in among if (r.subset, r.metric, r.control) == group]
-    if len(alike) > 1 and c.key in alike:
+    color, line, marker = LOOK[kind_of(c)]
+    alike = [x.key for x in among if kind_of(x) == kind_of(c)]
+    if c.key in alike and len(alike) > 1:
         k = alike.index(c.key)
-        color = shade(color, k, len(alike))
+        light = 0.65 * (1 - k / (len(alike) - 1))
+        color = tuple(x + (1 - x) * light for x in matplotlib.colors.to_rgb(color))
         if c.subset == "all":
             line, marker = ("--", ":", "-.", "-")[k % 4], ("s", "D", "h", "*")[k % 4]
     return {"color": color, "linestyle": line, "marker": marker}
 
 
-def draw(ax: Axes, points: dict[float, Stat], style: dict, label: str) -> None:
-    """Mean and band of one curve."""
-    x = list(points)
-    mean, sd = (np.array([getattr(p, k) for p in points.values()]) for k in ("mean", "sd"))
-    every = max(1, len(x) // 20)
-    ax.plot(x, mean, ms=3.5, markevery=every, label=label, zorder=3, **style)
-    if len(x) == 1:  # a band has no width
-        ax.errorbar(x, mean, sd, color=style["color"], lw=0.8, capsize=2)
-    ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
-
-
-def draw_paper(ax: Axes, points: dict[float, Stat], style: dict) -> None:
-    """A curve of the paper: thin, behind, no markers; the first of a panel is in the legend."""
-    label = None if SOURCE in ax.get_legend_handles_labels()[1] else SOURCE
-    style, y = {**style, "marker": None}, [p.mean for p in points.values()]
+def draw(
+    ax: Axes, points: dict[float, Stat], style: dict, label: str, behind: dict[float, Stat]
+) -> None:
+    """Mean and band of one curve, and the paper's `behind` it, thin and without markers."""
+    thin = {**style, "marker": None, "lw": 0.8, "alpha": 0.8, "zorder": 1}
+    if behind:
+        ax.plot([*behind], [x.mean for x in behind.values()], label=SOURCE, **thin)
     if points:
-        ax.plot([*points], y, lw=0.8, alpha=0.8, zorder=1, label=label, **style)
+        x, every = [*points], max(1, len(points) // 20)
+        mean, sd = (np.array([getattr(y, k) for y in points.values()]) for k in ("mean", "sd"))
+        ax.plot(x, mean, ms=3.5, markevery=every, label=label, zorder=3, **style)
+        if len(x) == 1:  # a band has no width
+            ax.errorbar(x, mean, sd, color=style["color"], lw=0.8, capsize=2)
+        ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
 
 
 def outline(ax: Axes, values: list[np.ndarray], edges: np.ndarray, style: dict, label: str) -> None:
@@ -481,67 +532,36 @@ def outline(ax: Axes, values: list[np.ndarray], edges: np.ndarray, style: dict, 
     ax.stairs(share, edges, color=style["color"], ls=style["linestyle"], lw=1.2, label=label)
 
 
-def panels(count: int, columns: int = 3, width: float = 3.1) -> tuple[Figure, list[Axes]]:
-    columns, width = min(columns, count), max(width, 4.0 / count)
-    rows = -(-count // columns)
-    size = (width * columns, 2.5 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    for ax in axes.flat[count:]:
-        ax.axis("off")
-    return figure, list(axes.flat[:count])
-
-
-def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "") -> None:
-    """Names of the axes, and the legend below them, where it hides nothing."""
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if ax.get_legend_handles_labels()[1]:
-        below_labels = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
-        place = {"bbox_to_anchor": (-0.1, 0), "bbox_transform": below_labels}
-        ax.legend(loc="upper left", handlelength=4, **place)
-
-
-def ticks(ax: Axes, values: Iterable[int]) -> None:
+def ticks(ax: Axes, values: list[int]) -> None:
     """A log2 axis with these numbers on it."""
     ax.set_xscale("log", base=2)
-    ax.set_xticks([*values], [str(v) for v in values], rotation=40, fontsize=6)
+    ax.set_xticks(values, map(str, values), rotation=40, fontsize=6)
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def draw_levels(ax: Axes, curves: list[Curve], paper: dict, dense: Stat | None, title: str) -> None:
-    """Accuracy against weights remaining, as in Figure 2."""
-    remaining: dict[int, float] = {}
+def draw_levels(p: Picture, curves: list[Curve], title: str, noise: float = 0.0) -> None:
+    """A panel of accuracy against weights remaining, as in Figure 2."""
+    ax, remaining = p.panel("weights remaining (%)", "test accuracy", title), {}
     for c in curves:
-        if theirs := paper.get(c.key):
-            points = {theirs.remaining[k]: p for k, p in theirs.points.items()}
-            draw_paper(ax, points, look(c, curves))
-            remaining |= theirs.remaining
-        remaining |= c.remaining
-        draw(ax, {c.remaining[k]: p for k, p in c.points.items()}, look(c, curves), c.legend)
-    if dense:
-        ax.axhline(dense.mean, color="0.5", lw=0.8, ls=(0, (1, 2)), zorder=0, label="dense")
+        published = paper_curves(p.paper).get(c.key, Curve(*c.key))
+        ours, behind = ({x.remaining[k]: y for k, y in x.points.items()} for x in (c, published))
+        remaining |= published.remaining | c.remaining
+        draw(ax, ours, look(c, curves), c.legend, behind)
+    if dense := references(p.curves, p.paper, noise)[0]:
+        ax.axhline(dense.mean, label="dense", **DOTTED)
     chosen = [remaining[k] for k in sorted(remaining)[:: max(1, -(-len(remaining) // 8))]]
     ax.set_xscale("log")
     ax.set_xticks(chosen, [f"{100 * v:.3g}" for v in chosen])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.invert_xaxis()
-    finish(ax, "weights remaining (%)", "test accuracy", title)
 
 
-# ---- the figures: each yields (name, picture), one for each model --------------------------------
-
-Pictures = Iterator[tuple[str, Figure]]
+# ---- the figures: each draws the panels of one picture, of one model -----------------------------
 
 
 def usual(curves: Iterable[Curve], noise: bool = False) -> list[Curve]:
     """Random subsets, and easy and hard ones by EL2N, unbalanced; with or without label noise."""
-    alike = [c for c in curves if c.metric == "el2n" and not c.control]
-    return [c for c in alike if bool(c.noise) == noise]
-
-
-def balanced(curves: Iterable[Curve]) -> list[Curve]:
-    """Easy and hard subsets by EL2N within each class."""
-    return [c for c in curves if (c.noise, c.metric, c.control) == (0, "el2n balanced", "")]
+    return [c for c in pick(curves, metric="el2n", control="") if bool(c.noise) == noise]
 
 
 def main_setting(curves: list[Curve]) -> tuple[int, int]:
@@ -551,88 +571,74 @@ def main_setting(curves: list[Curve]) -> tuple[int, int]:
     return (preset or [x for x, _ in found.most_common(1)] or [(0, 0)])[0]
 
 
-def by_size(r: Results, noisy: bool, everything: bool) -> Pictures:
+def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
     """Figures 2, 4, 11, 13: a panel for each size, rewind step and noise; in Figure 2 the controls,
     and runs from other initialisations, too."""
-    for name, curves, paper in r.pictures("imp"):
-        curves = [c for c in curves if c.points]
-        mine, full = usual(curves, noisy), all_data(curves)
-        settings = sorted({(c.noise, c.rewind, c.size) for c in mine if c.subset != "all"})
-        if not everything:
-            size, t = main_setting(mine)
-            settings = [x for x in settings if x[1:] == (t, size)]
-        if not settings and not noisy and full:
-            settings = [(0.0, full[-1].rewind, 0)]
-        if not settings:
-            continue
-        init = [c for c in curves if c.runs[0].settings.get("init")]
-        figure, axes = panels(len(settings))
-        for ax, (noise, t, size) in zip(axes, settings, strict=True):
-            shown = [c for c in full if not noise or c.rewind == 0]
-            shown += [c for c in mine if noise and c.subset == "all" and c.noise == noise]
-            ranked = mine + balanced(curves) * bool(size)
-            shown += [c for c in ranked if size and (c.noise, c.rewind, c.size) == (noise, t, size)]
-            title = f"{size} examples, {t} steps" if size else "all data"
-            title += f", {noise:.0%} noise" * bool(noise)
-            if not (noisy or everything):
-                tickets = {c.key for c in shown}
-                shown += [c for c in curves if c.control and (*c.key[:-1], "") in tickets] + init
-            dense = dense_of(curves, paper, noise)
-            draw_levels(ax, shown, paper_curves(paper), dense, title)
-        yield name, figure
+    curves = [c for c in p.curves if c.points]
+    mine, full = usual(curves, noisy), all_data(curves)
+    settings = sorted({(c.noise, c.rewind, c.size) for c in mine if c.subset != "all"})
+    if not every_size:
+        size, t = main_setting(mine)
+        settings = [x for x in settings if x[1:] == (t, size)]
+    if not settings and not noisy and full:
+        settings = [(0.0, full[-1].rewind, 0)]
+    for noise, t, size in settings:
+        shown = pick(full, rewind=0) + pick(mine, subset="all", noise=noise) if noise else full[:]
+        if size:
+            ranked = mine + pick(curves, metric="el2n balanced", control="")
+            shown += pick(ranked, noise=noise, rewind=t, size=size)
+        if not (noisy or every_size):
+            tickets = {c.key for c in shown}
+            shown += [c for c in curves if c.control and (*c.key[:-1], "") in tickets]
+            shown += [c for c in curves if c.runs[0].settings.get("init")]
+        title = f"{size} examples, {t} steps" if size else "all data"
+        draw_levels(p, shown, title + f", {noise:.0%} noise" * bool(noise), noise)
 
 
-def fig3(r: Results) -> Pictures:
+def fig3(p: Picture) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
-    for name, curves, paper in r.pictures("imp"):
-        mine, theirs = usual(curves), usual(paper_curves(paper).values())
-        mine, ranked = [c for c in mine if c.points], defaultdict(list)
-        for c in mine:
-            if c.subset != "all":
-                ranked[c.rewind].append(c)
-        ranked = {t: cs for t, cs in sorted(ranked.items()) if len({c.size for c in cs}) > 1}
-        if not ranked:
-            continue
-        last = max(max(c.points) for cs in ranked.values() for c in cs)
-        levels = (8, 10, 12) if last >= 12 else sorted({last, -(-2 * last // 3), -(-last // 3)})
-        figure, axes = panels(len(ranked) * len(levels), len(levels))
-        for ax, (t, k) in zip(axes, itertools.product(ranked, levels), strict=True):
-            for subset, metric in [(x, "el2n") for x in SUBSETS[1:]] + [("easy", "el2n balanced")]:
-                behind, ours = (
-                    {c.size: c.points[k] for c in sorted(cs, key=lambda c: c.size)
-                     if (c.subset, c.rewind, c.metric) == (subset, t, metric) and k in c.points}
-                    for cs in (theirs, mine + balanced(curves))
-                )  # fmt: skip
-                kind = Curve(subset, 0, 0, 0, metric)
-                draw_paper(ax, behind, look(kind))
-                if ours:
-                    n = sorted({p.n for p in ours.values()})
-                    label = subset + metric.removeprefix("el2n")
-                    draw(ax, ours, look(kind), f"{label} (n={'-'.join(map(str, n))})")
-            full = [c for c in all_data(mine) if k in c.points]
-            for c in full:
-                style = {**look(c, full), "marker": None}
-                ax.axhline(c.points[k].mean, lw=0.9, label=c.legend, **style)
-            ticks(ax, sorted({c.size for c in ranked[t]}))
-            left = next((c.remaining[k] for c in ranked[t] if k in c.remaining), math.nan)
-            title = f"level {k}, {left:.1%} of weights remaining"
-            finish(ax, f"examples trained on for {t} steps", "test accuracy", title)
-        yield name, figure
+    ours = pick(p.curves, metric={"el2n", "el2n balanced"}, control="", noise=0)
+    behind = [dataclasses.replace(c, metric=key[4]) for key, c in paper_curves(p.paper).items()]
+    ranked = [c for c in usual(ours) if c.subset != "all" and c.points]
+    steps = sorted({c.rewind for c in ranked})
+    steps = [t for t in steps if len({c.size for c in pick(ranked, rewind=t)}) > 1]
+    last = max((max(c.points) for c in pick(ranked, rewind={*steps})), default=0)
+    levels = (8, 10, 12) if last >= 12 else sorted({last, -(-2 * last // 3), -(-last // 3)})
+    for t, k in itertools.product(steps, levels):
+        left = next((c.remaining[k] for c in ranked if k in c.points), math.nan)
+        title = f"level {k}, {left:.1%} of weights remaining"
+        ax, sizes = p.panel(f"examples trained on for {t} steps", "test accuracy", title), set()
+        for subset, metric in [(x, "el2n") for x in SUBSETS[1:]] + [("easy", "el2n balanced")]:
+            kind = Curve(subset, 0, t, 0, metric)
+            same = {"subset": subset, "metric": metric, "rewind": t, "noise": 0}
+            mine, published = (
+                {c.size: c.points[k] for c in sorted(pick(curves, **same), key=lambda c: c.size)
+                 if k in c.points} for curves in (ours, behind)
+            )  # fmt: skip
+            draw(ax, mine, look(kind), f"{kind.what} (n={counts(mine.values())})", published)
+            sizes |= {*mine, *published}
+        full = [c for c in all_data(ours) if k in c.points]
+        for c in full:
+            style = {**look(c, full), "marker": None}
+            ax.axhline(c.points[k].mean, lw=0.9, label=c.legend, **style)
+        ticks(ax, sorted(sizes))
 
 
 def correlation(x: Iterable[float], y: Iterable[float]) -> str:
     x, y = list(x), list(y)
     if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
         return f"n={len(x)}"
+    from scipy import stats
+
     rank, plain = stats.spearmanr(x, y).statistic, stats.pearsonr(x, y).statistic
     return f"Pearson {plain:.2f}, Spearman {rank:.2f}, n={len(x)}"
 
 
-def barriers(r: Results, curves: list[Curve], data: str) -> list[dict]:
+def barriers(p: Picture) -> list[dict]:
     """A row for each replicate of lmc: its barriers, and the accuracy that imp runs of its model
     reached from the same w_tr at the level of Figure 5, or at the last that each of them has."""
-    model, wanted = curves[0].runs[0].model, FINAL_LEVEL.get(data, 7)
-    imps = [x for x in r.runs if x.stage == "imp" and x.model == model and "pretrain" in x.result]
+    model, wanted = p.curves[0].runs[0].place[1], FINAL_LEVEL.get(p.paper, 7)
+    imps = [x for x in p.results.runs if x.place[:2] == ("imp", model) and "pretrain" in x.result]
     imps = [x for x in imps if x.result["levels"] and not x.settings.get("control")]
     reached = [len(x.result["levels"]) - 1 for x in imps]
     level = wanted if not reached or max(reached) >= wanted else min(reached)
@@ -642,7 +648,7 @@ def barriers(r: Results, curves: list[Curve], data: str) -> list[dict]:
         if len(x.result["levels"]) > level
     }
     rows = []
-    for c, run in ((curve, run) for curve in curves for run in curve.runs if run.done):
+    for c, run in ((curve, run) for curve in p.curves for run in curve.runs if run.done):
         start = run.result["pretrain"]
         end = final.get((start["fingerprint"], run.settings["steps"]), {})
         row = {"configuration": c.label, "replicate": run.settings["replicate"]}
@@ -652,58 +658,59 @@ def barriers(r: Results, curves: list[Curve], data: str) -> list[dict]:
     return rows
 
 
-def fig5(r: Results) -> Pictures:
-    """Four histograms of barriers (pairs, examples and replicates pooled; the paper's scaled to our
-    count), and final accuracy against two forecasts of it."""
-    edges, theirs = np.arange(-5, 10.5, 0.5), defaultdict(list)
-    for x in paper_rows("lmc_histograms.csv"):
-        theirs[x["dataset"], x["pretraining"]].append(int(x["count_of_1080000"]))
-    for name, curves, paper in r.pictures("lmc"):
-        rows = barriers(r, curves, paper)
-        if not rows:
-            continue
-        mine = {c.key[:3]: c for c in usual(curves)}
-        size, t = HISTOGRAMS.get(paper, (0, 0))
-        if not any(k[1:] == (size, t) for k in mine):
-            size, t = main_setting(usual(curves))
-        four = [("all", 0, t), ("all", 0, 2 * t), ("random", size, t), ("easy", size, t)]
-        (figure, axes), handles = panels(6), {}
-        for ax, key in zip((axes[0], axes[1], axes[3], axes[4]), four, strict=True):
-            what = "all data" if key[0] == "all" else f"{key[0]} {key[1]}"
-            found = [load(x.folder / "loss_barrier_pairs.npy") for x in mine[key].runs if x.done] \
-                if key in mine else []  # fmt: skip
-            if found := [x.ravel() for x in found if x is not None]:
-                pooled, style = np.concatenate(found), look(mine[key])
-                outside = ((pooled < edges[0]) | (pooled > edges[-1])).mean()
-                label = f"{mine[key].legend}, {outside:.1%} outside"
-                ax.hist(pooled, edges, color=style["color"], alpha=0.55, label=label)
-                if counts := theirs.get((paper, f"{what}, {key[2]} it")):
-                    scaled = np.array(counts) / sum(counts) * len(pooled)
-                    ax.stairs(scaled, edges, color="k", lw=0.7, label=SOURCE)
-            finish(ax, "loss barrier of an example", "count", f"{what}, {key[2]} steps")
-        rows = [x for x in rows if x["final_accuracy"] is not None]
-        for ax, key, column, xlabel in (
-            (axes[2], "pretrain_accuracy", "pretrain_test_accuracy", "test accuracy at w_tr"),
-            (axes[5], "loss_barrier", "mean_train_loss_barrier", "mean loss barrier"),
-        ):
-            for x in paper_rows("lmc_scatter.csv"):
-                y = x["final_test_accuracy_level7"]
-                if x["dataset"] == paper and x[column] and y[0] != "<":
-                    color, _, marker = LOOK[x["subset_method"]]
-                    kind = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
-                    ax.scatter(float(x[column]), float(y), lw=0.5, alpha=0.6, zorder=1, **kind)
-            for c in curves:
-                at = [(x[key], x["final_accuracy"]) for x in rows if x["configuration"] == c.label]
-                if at:
-                    style = {k: v for k, v in look(c, curves).items() if k != "linestyle"}
-                    points = ax.scatter(*zip(*at, strict=True), s=22, **style)
-                    handles[c.label] = points
-            found = correlation((x[key] for x in rows), (x["final_accuracy"] for x in rows))
-            level = rows[0]["level"] if rows else FINAL_LEVEL.get(paper, 7)
-            finish(ax, xlabel, f"test accuracy at level {level}", found)
-        if handles:
-            figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
-        yield name, figure
+def draw_barriers(p: Picture, subset: str, size: int, t: int) -> None:
+    """A histogram of Figure 5: pairs, examples and replicates pooled; the paper's scaled to our
+    count."""
+    what, edges = "all data" if subset == "all" else f"{subset} {size}", np.arange(-5, 10.5, 0.5)
+    ax = p.panel("loss barrier of an example", "count", f"{what}, {t} steps")
+    for c in pick(usual(p.curves), subset=subset, size=size, rewind=t):
+        pooled = np.concatenate([[], *map(np.ravel, load_all(c, "loss_barrier_pairs.npy"))])
+        outside = np.mean((pooled < edges[0]) | (pooled > edges[-1])) if len(pooled) else 0
+        label = f"n={len(c.runs)}, {outside:.1%} outside"
+        ax.hist(pooled, edges, color=look(c)["color"], alpha=0.55, label=label)
+        rows = [x for x in paper_rows("lmc_histograms.csv") if x["dataset"] == p.paper]
+        rows = [x for x in rows if x["pretraining"] == f"{what}, {t} it"]
+        if rows:
+            published = np.array([int(x["count_of_1080000"]) for x in rows])
+            scaled = published / published.sum() * len(pooled)
+            ax.stairs(scaled, edges, color="k", lw=0.7, label=SOURCE)
+        ax.legend(loc="upper right", handlelength=2)
+
+
+def draw_forecast(p: Picture, rows: list[dict], key: str, column: str, xlabel: str) -> None:
+    """Figure 5 right: final accuracy against a forecast of it, a point for each replicate."""
+    level = rows[0]["level"] if rows else FINAL_LEVEL.get(p.paper, 7)
+    found = correlation((x[key] for x in rows), (x["final_accuracy"] for x in rows))
+    ax = p.panel(xlabel, f"test accuracy at level {level}", found)
+    for x in paper_rows("lmc_scatter.csv"):
+        y = x["final_test_accuracy_level7"]
+        if x["dataset"] == p.paper and x[column] and y[0] != "<":
+            color, _, marker = LOOK[x["subset_method"]]
+            kind = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
+            ax.scatter(float(x[column]), float(y), lw=0.5, alpha=0.6, zorder=1, **kind)
+    for c in p.curves:
+        if mine := [x for x in rows if x["configuration"] == c.label]:
+            x, y = ([row[k] for row in mine] for k in (key, "final_accuracy"))
+            style = {k: v for k, v in look(c, p.curves).items() if k != "linestyle"}
+            ax.scatter(x, y, s=22, label=c.label, **style)
+
+
+def fig5(p: Picture) -> None:
+    """Four histograms of barriers, and final accuracy against two forecasts of it."""
+    rows = barriers(p)
+    if not rows:
+        return
+    rows = [x for x in rows if x["final_accuracy"] is not None]
+    size, t = HISTOGRAMS.get(p.paper, (0, 0))
+    if not pick(usual(p.curves), subset={"random", "easy"}, size=size, rewind=t):
+        size, t = main_setting(usual(p.curves))
+    draw_barriers(p, "all", 0, t)
+    draw_barriers(p, "all", 0, 2 * t)
+    at_start = "test accuracy at w_tr"
+    draw_forecast(p, rows, "pretrain_accuracy", "pretrain_test_accuracy", at_start)
+    draw_barriers(p, "random", size, t)
+    draw_barriers(p, "easy", size, t)
+    draw_forecast(p, rows, "loss_barrier", "mean_train_loss_barrier", "mean loss barrier")
 
 
 def trained(c: Curve) -> tuple[list[float], int]:
@@ -714,181 +721,144 @@ def trained(c: Curve) -> tuple[list[float], int]:
 
 
 def draw_sharpness(ax: Axes, c: Curve, style: dict, label: str) -> None:
-    by_step = defaultdict(list)
-    for x in itertools.chain(*(x.result["sharpness"] for x in c.runs if x.done)):
-        if x["eigenvalue"] is not None:
-            by_step[x["step"]].append(x["eigenvalue"])
-    if by_step:
-        tops = {s: summary(v) for s, v in sorted(by_step.items())}
-        draw(ax, tops, style, f"{label} (n={len(c.runs)})")
+    found = itertools.chain(*(x.result["sharpness"] for x in c.runs if x.done))
+    found = [(x["step"], x["eigenvalue"]) for x in found if x["eigenvalue"] is not None]
+    draw(ax, summaries(found), style, f"{label} (n={len(c.runs)})", {})
 
 
-def draw_warmups(top: Axes, bottom: Axes, curves: list[Curve], style: dict, paper: str) -> None:
-    """One configuration of Figure 6: accuracy by length; sharpness at a typical length."""
-    what, lost = curves[0].label.split(", step")[0], sum(trained(c)[1] for c in curves)
-    if paper == "cifar10":
-        draw_paper(top, paper_warmup(curves[0]), style)
-    if points := {c.rewind: summary(trained(c)[0]) for c in curves if trained(c)[0]}:
-        n = max(len(c.runs) for c in curves)
-        draw(top, points, style, f"{what} (n={n}" + f", {lost} not trained" * bool(lost) + ")")
-    c = next((c for c in curves if c.rewind == 1600), curves[-1])
-    draw_sharpness(bottom, c, style, f"{what}, warmup {c.rewind}")
-
-
-def fig6(r: Results) -> Pictures:
-    """A column for each kind of subset, with a curve for each size, balance and offset."""
-    for name, curves, paper in r.pictures("warmup"):
-        curves = [c for c in curves if not c.noise and any(x.done for x in c.runs)]
-        kinds: dict[str, dict] = defaultdict(lambda: defaultdict(list))
-        for c in sorted(curves, key=lambda c: (c.size, c.rewind)):
-            kind = "windows" if " from " in c.metric else c.subset
-            kinds[kind if c.rewind else "none"][c.size, c.metric].append(c)
-        for size in {size for size, _ in kinds["windows"]}:
-            if first := kinds["easy"].get((size, "el2n")):
-                kinds["windows"][size, "el2n"] = first
-        lengths = sorted({c.rewind for c in curves if c.rewind})
-        columns = [k for k in ("easy", "random", "hard", "windows") if kinds[k]] or ["all"]
-        if not lengths:
-            continue
-        figure, axes = panels(2 * len(columns), len(columns))
-        for kind, top, bottom in zip(columns, axes, axes[len(columns) :], strict=False):
-            groups = [cs for _, cs in sorted(kinds[kind].items())] * (kind != "all")
-            for k, cs in enumerate(groups):
-                style = look(Curve(cs[0].subset, 0, 0, 0, "el2n"))
-                style |= {"color": shade(style["color"], k, len(groups)), "marker": "ovsD^P"[k % 6]}
-                draw_warmups(top, bottom, cs, style, paper)
-            for cs in kinds["all"].values():
-                draw_warmups(top, bottom, cs, look(cs[0]), paper)
-            for [c] in kinds["none"].values():
-                draw_sharpness(bottom, c, {**look(c), "color": "0.6"}, "no warmup")
-                if good := trained(c)[0]:
-                    line = {"color": "0.5", "lw": 0.8, "ls": (0, (1, 2))}
-                    top.axhline(summary(good).mean, label="no warmup", **line)
-            ticks(top, lengths)
-            finish(top, "steps of warmup", "test accuracy", kind)
-            bottom.set_yscale("log")
-            finish(bottom, "step", "top Hessian eigenvalue")
-        yield name, figure
+def fig6(p: Picture) -> None:
+    """A column for each kind of subset, with a curve for each size, balance and offset: accuracies
+    by length of warmup in the first row, sharpness at a typical length in the second."""
+    curves = [c for c in p.curves if not c.noise and any(x.done for x in c.runs)]
+    warmed = sorted((c for c in curves if c.rewind), key=lambda c: (c.size, c.metric, c.rewind))
+    groups = [*grouped(((c.subset, c.size, c.metric), c) for c in warmed).values()]
+    windows = {g[0].size for g in groups if " from " in g[0].metric}
+    columns = {kind: [g for g in groups if g[0].subset == kind] for kind in SUBSETS[1:]}
+    columns["windows"] = [g for g in columns["easy"] if g[0].size in windows]
+    columns["windows"] = [g for g in columns["windows"] if "balanced" not in g[0].metric]
+    columns["easy"] = [g for g in columns["easy"] if " from " not in g[0].metric]
+    everything = [g for g in groups if g[0].subset == "all"]
+    columns = {kind: shown for kind, shown in columns.items() if shown} or {"all": []}
+    tops = [p.panel("steps of warmup", "test accuracy", kind) for kind in columns if groups]
+    for top, shown in zip(tops, columns.values(), strict=False):
+        bottom, lengths = p.panel("step", "top Hessian eigenvalue"), set()
+        for g in shown + everything:
+            style, c = look(g[0], [x[0] for x in shown]), (pick(g, rewind=1600) or g)[-1]
+            published = paper_warmup(c) if p.paper == "cifar10" else {}
+            points = {x.rewind: summary(trained(x)[0]) for x in g if trained(x)[0]}
+            n, lost = max(len(x.runs) for x in g), sum(trained(x)[1] for x in g)
+            about = f"{c.what} (n={n}" + f", {lost} not trained" * bool(lost) + ")"
+            draw(top, points, style, about, published)
+            draw_sharpness(bottom, c, style, f"{c.what}, warmup {c.rewind}")
+            lengths |= {*points, *published}
+        for c in pick(curves, rewind=0):
+            draw_sharpness(bottom, c, {**look(c), "color": "0.6"}, "no warmup")
+            if good := trained(c)[0]:
+                top.axhline(np.mean(good), label="no warmup", **DOTTED)
+        ticks(top, sorted(lengths))
+        bottom.set_yscale("log")
 
 
 def tracked(c: Curve, kind: str) -> dict[int, Stat]:
     """A column of the logs by step; of coherence the band is over all batches of all replicates."""
-    by_step = defaultdict(list)
+    values = []
     for run in c.runs:
         rows = [x for x in runs.read_rows(run.folder / "log.csv") if x.get(kind)]
         path = run.folder / f"{kind}.npy"
         each = load(path) if path.exists() else None
-        for k, x in enumerate(rows):
-            batches = each[k] if each is not None and len(each) == len(rows) else [float(x[kind])]
-            by_step[int(x["step"])] += [float(v) for v in batches]
-    return {s: summary(v) for s, v in sorted(by_step.items())}
+        if each is None or len(each) != len(rows):
+            each = [[float(x[kind])] for x in rows]
+        for x, batches in zip(rows, each, strict=True):
+            values += [(int(x["step"]), float(v)) for v in batches]
+    return summaries(values)
 
 
-def fig7(r: Results) -> Pictures:
-    kinds = {
-        "test_accuracy": "test accuracy",
-        "train_accuracy": "accuracy on all training data",
-        "easy_accuracy": "accuracy on the easy examples",
-        "coherence": "cosine of gradients with their mean",
-    }
-    for name, curves, _ in r.pictures("pretrain"):
-        curves = [c for c in curves if c.rewind == max(c.rewind for c in curves)]
-        found = {kind: [(c, x) for c in curves if (x := tracked(c, kind))] for kind in kinds}
-        shown = [kind for kind in kinds if found[kind]]
-        if not shown:
-            continue
-        figure, axes = panels(len(shown), 2)
-        for ax, kind in zip(axes, shown, strict=True):
-            for c, points in found[kind]:
-                draw(ax, points, look(c, curves), c.legend)
-            finish(ax, "step", kinds[kind])
-        yield name, figure
+def fig7(p: Picture) -> None:
+    """Learning curves and coherence; a panel for each set of easy examples that was watched, those
+    of --easy-size and --easy-balance, else of the subset trained on, else of the preset."""
+    curves, easy = pick(p.curves, rewind=max(c.rewind for c in p.curves)), defaultdict(list)
+    for c in curves:
+        s = c.runs[0].settings
+        preset = common.PRESETS.get(s["dataset"])
+        size = s.get("easy_size") or s.get("size") or (preset.size if preset else "")
+        within = ", class by class" * bool(s.get("easy_balance") or s.get("balance"))
+        easy[f"accuracy on the easiest {size}{within}"].append(c)
+    kinds = [("test_accuracy", "test accuracy", curves)]
+    kinds += [("train_accuracy", "accuracy on all training data", curves)]
+    kinds += [("easy_accuracy", title, shown) for title, shown in easy.items()]
+    kinds += [("coherence", "gradients of batches against their mean", curves)]
+    for kind, title, shown in kinds:
+        found = [(c, points) for c in shown if (points := tracked(c, kind))]
+        ylabel = "cosine" if kind == "coherence" else "accuracy"
+        ax = p.panel("step", ylabel, title) if found else None
+        for c, points in found:
+            draw(ax, points, look(c, curves), c.legend, {})
 
 
-def fig8(r: Results) -> Pictures:
-    for name, curves, _ in r.pictures("pretrain"):
-        norms = []
-        for c in (c for c in curves if c.rewind == min(c.rewind for c in curves)):
-            found = [load(p) for x in c.runs if (p := x.folder / "gradient_norm.npy").exists()]
-            if found := [x[:200] for x in found if x is not None]:
-                norms.append((c, found))
-        if not norms:
-            continue
-        figure, [ax] = panels(1, width=4)
-        shown = [c for c, _ in norms]
-        edges = np.linspace(0, max(x.max() for _, found in norms for x in found), 41)
-        for c, found in norms:
-            outline(ax, found, edges, look(c, shown), c.legend)
-        steps = min(200, shown[0].rewind)
-        finish(ax, f"norm of a minibatch gradient, first {steps} steps", "share")
-        yield name, figure
+def fig8(p: Picture) -> None:
+    """Norms of minibatch gradients, pooled over the first 200 steps."""
+    curves = pick(p.curves, rewind=min(c.rewind for c in p.curves))
+    found = [(c, [x[:200] for x in load_all(c, "gradient_norm.npy")]) for c in curves]
+    found = [(c, norms) for c, norms in found if norms]
+    if not found:
+        return
+    steps = min(200, curves[0].rewind)
+    ax = p.panel(f"norm of a minibatch gradient, first {steps} steps", "share")
+    edges = np.linspace(0, max(x.max() for _, norms in found for x in norms), 41)
+    for c, norms in found:
+        outline(ax, norms, edges, look(c, [c for c, _ in found]), c.legend)
 
 
-def fig9(r: Results) -> Pictures:
+def fig9(p: Picture) -> None:
     """One replicate, not averaged: all data at t and 2t, and the easy subset at t."""
-    for name, curves, _ in r.pictures("imp"):
-        size, t = main_setting(usual(curves))
-        four = [("all", 0, t), ("all", 0, 2 * t), ("easy", size, t)]
-        curves = [c for c in usual(curves) if c.points and c.key[:3] in four]
-        if not curves:
-            continue
-        last = min(6, *(max(c.points) for c in curves))
-        figure, axes = panels(2, width=3.6)
-        for ax, level in zip(axes, (0, last), strict=True):
-            for c in curves:
-                run = min(c.runs, key=lambda x: x.settings["replicate"])
-                try:
-                    state = runs.read_tensors(run.folder / f"level{level:02d}.pt")
-                    errors = [state["projected_error"].numpy()]
-                except (runs.UserError, KeyError) as e:
-                    skipped(e)
-                    continue
-                label = f"{c.label}, replicate {run.settings['replicate']}"
-                outline(ax, errors, np.linspace(0, math.sqrt(2), 41), look(c, curves), label)
-            title = f"under the mask of level {level}" if level else "dense"
-            finish(ax, "||softmax - onehot|| of an example at w_tr", "share", title)
-        yield name, figure
+    size, t = main_setting(usual(p.curves))
+    shown = [("all", 0, t), ("all", 0, 2 * t), ("easy", size, t)]
+    curves = [c for c in usual(p.curves) if c.points and c.key[:3] in shown]
+    last = min(6, *(max(c.points) for c in curves)) if curves else 0
+    edges = np.linspace(0, math.sqrt(2), 41)
+    for level in (0, last) if curves else ():
+        title = f"under the mask of level {level}" if level else "dense"
+        ax = p.panel("||softmax - onehot|| of an example at w_tr", "share", title)
+        for c in curves:
+            run = min(c.runs, key=lambda x: x.settings["replicate"])
+            state = load(run.folder / f"level{level:02d}.pt") or {}
+            label = f"{c.label}, replicate {run.settings['replicate']}"
+            if "projected_error" in state:
+                outline(ax, [state["projected_error"].numpy()], edges, look(c, curves), label)
 
 
-def rivals(r: Results, metric: str) -> Pictures:
+def rivals(p: Picture, metric: str) -> None:
     """Figures 10 and 12: other scores against EL2N; pruning after pre-training by them, by EL2N
     with and without balance, and on random subsets."""
-    for name, curves, paper in r.pictures("imp"):
-        model, data = curves[0].runs[0].model, curves[0].runs[0].settings["data"]
-        clean = [m for m in r.metrics.values() if m["data"] == data and not m["label_noise"][0]]
-        clean = [m for m in clean if m["folder"].parts[-2] == model]
-        el2n = [m for m in clean if m["metric"] == "el2n"]
-        other = [m for m in clean if m["metric"].startswith(metric)]
-        other = [m for m in other if m["metric"] != "lmc" or m["folder"].name.startswith("all")]
-        other.sort(key=lambda m: m.get("rewind", 0))
-        curves = [c for c in curves if c.points and not c.control and not c.noise]
-        by = [c for c in curves if c.metric.split()[0] == metric]
-        pairs, settings = list(itertools.product(other, el2n)), {(c.size, c.rewind) for c in by}
-        if not pairs and not by:
-            continue
-        figure, axes = panels(len(pairs) + len(settings))
-        for ax, (a, b) in zip(axes, pairs, strict=False):
-            y, x = (load(m["folder"] / "scores.npy") for m in (a, b))
-            if x is not None and y is not None:
-                ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
-                xlabel = f"EL2N score at step {b['score_step']}"
-                finish(ax, xlabel, f"{score_name(a)} score", correlation(x, y))
-        for ax, (size, t) in zip(axes[len(pairs) :], sorted(settings), strict=True):
-            kinds = {"el2n", "el2n balanced"} | {c.metric for c in by}
-            shown = [c for c in curves if c.subset in ("easy", "random") and c.metric in kinds]
-            shown = [c for c in shown if (c.size, c.rewind) == (size, t)]
-            shown = all_data(curves) + shown
-            title = f"{size} examples, {t} steps"
-            draw_levels(ax, shown, paper_curves(paper), dense_of(curves, paper), title)
-        yield name, figure
+    model, data = p.curves[0].runs[0].place[1], p.curves[0].runs[0].settings["data"]
+    clean = [m for m in p.results.metrics.values() if (m["model"], m["data"]) == (model, data)]
+    clean = [m for m in clean if not m["label_noise"][0]]
+    el2n = [m for m in clean if m["metric"] == "el2n"]
+    other = [m for m in clean if m["metric"].startswith(metric)]
+    other = [m for m in other if m["metric"] != "lmc" or m["folder"].name.startswith("all")]
+    other.sort(key=lambda m: m.get("rewind", 0))
+    for a, b in itertools.product(other, el2n):
+        y, x = (load(m["folder"] / "scores.npy") for m in (a, b))
+        if x is not None and y is not None:
+            xlabel = f"EL2N score at step {b['score_step']}; darker: more"
+            ax = p.panel(xlabel, f"{a['name']} score", correlation(x, y))
+            ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
+    curves = [c for c in p.curves if c.points and not c.control and not c.noise]
+    by = [c for c in curves if c.metric.split()[0] == metric]
+    rival = sorted({c.metric for c in by}, key=lambda x: (len(x), x))  # lmc 800, lmc 1600
+    order = [("random", "el2n")] + [("easy", x) for x in ("el2n", "el2n balanced", *rival)]
+    for size, t in sorted({(c.size, c.rewind) for c in by}):
+        ranked = pick(curves, size=size, rewind=t)
+        shown = [c for subset, x in order for c in pick(ranked, subset=subset, metric=x)]
+        draw_levels(p, all_data(curves) + shown, f"{size} examples, {t} steps")
 
 
-def examples(r: Results) -> Pictures:
-    """The easiest and the hardest training images of each class by EL2N, and its distribution."""
-    each, most = 8, 20  # images of a class, classes
+def examples(r: Results) -> Iterator[tuple[str, Figure]]:
+    """The easiest and the hardest training images of each class by EL2N, beside the distribution
+    of scores in it."""
+    each = 8  # images at either end
     for m in [m for m in r.metrics.values() if m["metric"] == "el2n" and not m["label_noise"][0]]:
-        model, scores = m["folder"].parts[-2], load(m["folder"] / "scores.npy")
-        name = model.rsplit("-", 1)[0]
+        scores, name = load(m["folder"] / "scores.npy"), m["dataset"]
         name = next((d for d in r.datasets if Path(d).name == name), name)
         try:
             data = common.load_data(name, r.data_dir, common.torch.device("cpu"))
@@ -899,65 +869,79 @@ def examples(r: Results) -> Pictures:
         if scores is None or data.fingerprint != m["data"] or len(scores) != len(labels):
             skipped(f"{m['folder']}: scores of other data than {r.data_dir} holds")
             continue
-        order = sorted(range(len(data.classes)), key=lambda k: np.median(scores[labels == k]))
-        rows = order[:: -(-len(order) // most)]
-        figure, grid = plt.subplots(len(rows), 2 * each + 1, figsize=(9, 0.55 * len(rows)))
-        for line, k in zip(np.atleast_2d(grid), rows, strict=True):
-            ranked = np.flatnonzero(labels == k)
-            ranked = ranked[np.argsort(scores[ranked], kind="stable")]
-            for ax, i in zip(line, [*ranked[:each], None, *ranked[-each:]], strict=False):
-                ax.axis("off")
-                if i is not None:
-                    ax.imshow(images[i].squeeze(), cmap="gray")
-            line[0].text(-0.2, 0.5, data.classes[k], ha="right", va="center",
-                         transform=line[0].transAxes)  # fmt: skip
-        grid[0][0].set_title("easiest", loc="left")
-        grid[0][each + 1].set_title("hardest", loc="left")
-        yield f"{model}-{m['folder'].name}", figure
-        figure, [ax] = panels(1, width=max(4, 0.16 * len(order)))
-        ax.boxplot([scores[labels == k] for k in order], sym="", whis=(5, 95), widths=0.6)
-        ax.set_xticklabels([data.classes[k] for k in order], rotation=90)
-        finish(ax, "", f"EL2N score at step {m['score_step']}", "5, 25, 50, 75, 95 % by class")
-        yield f"{model}-{m['folder'].name}-scores", figure
+        of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+        of_class.sort(key=lambda i: np.median(scores[i]))
+        ranked = [i[np.argsort(scores[i], kind="stable")] for i in of_class]
+        rows, (height, width, channels) = len(ranked), images.shape[1:]
+        size = (7, 1 + 0.22 * rows)
+        figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
+        ends = (("easiest", slice(each)), ("hardest", slice(-each, None)))
+        for ax, (title, chosen) in zip(axes, ends, strict=False):
+            tiles = np.full((rows, height + 1, each, width + 1, channels), images.max())
+            for row, i in enumerate(ranked):
+                tiles[row, :-1, : len(i[chosen]), :-1] = images[i[chosen]].swapaxes(0, 1)
+            tiles = tiles.reshape(rows * (height + 1), each * (width + 1), channels).squeeze()
+            ax.imshow(tiles, cmap="gray", extent=(0, each, rows + 0.5, 0.5), aspect="auto")
+            ax.set(title=title, xticks=[])
+            ax.grid(visible=False)
+        values = [scores[i] for i in ranked]
+        axes[2].boxplot(values, orientation="horizontal", sym="", whis=(5, 95), widths=0.6)
+        axes[2].set(xlabel=f"EL2N score at step {m['score_step']}", title="5, 25, 50, 75, 95 %")
+        axes[0].set_yticks(range(1, rows + 1), [data.classes[labels[i[0]]] for i in ranked])
+        yield f"{m['model']}-{m['folder'].name}", figure
 
 
 ALL, NOISY = (*PUBLISHED, "digits"), ("cifar10", "digits")
-FIGURES: dict[str, tuple[str, Callable[[Results], Pictures], tuple[str, ...]]] = {
-    # what makes its runs, what draws it, the data sets whose grid in run_all.sh has it
-    "fig2": ("imp", functools.partial(by_size, noisy=False, everything=False), ALL),
-    "fig3": ("imp", fig3, ALL),
-    "fig4": ("imp", functools.partial(by_size, noisy=True, everything=False), NOISY),
-    "fig5": ("lmc", fig5, ALL),
-    "fig6": ("warmup", fig6, ("cifar10", "digits")),
-    "fig7": ("pretrain", fig7, ("cifar100", "digits")),
-    "fig8": ("pretrain", fig8, ("cifar10", "digits")),
-    "fig9": ("imp", fig9, ALL),
-    "fig10": ("lmc", functools.partial(rivals, metric="lmc"), ("cifar100", "cinic10", "digits")),
-    "fig11": ("imp", functools.partial(by_size, noisy=False, everything=True), ALL),
-    "fig12": ("imp", functools.partial(rivals, metric="forgetting"), ("cifar10", "digits")),
-    "fig13": ("imp", functools.partial(by_size, noisy=True, everything=True), NOISY),
-    "examples": ("el2n", examples, ALL),
+
+
+class Kind(NamedTuple):
+    stage: str  # that makes its runs
+    draw: Callable
+    grid: tuple[str, ...] = ALL  # the data sets whose grid in run_all.sh has it
+    columns: int = 3
+    shared: bool = False  # one legend for all panels
+
+
+partial = functools.partial
+FIGURES = {
+    "fig2": Kind("imp", by_size),
+    "fig3": Kind("imp", fig3, shared=True),
+    "fig4": Kind("imp", partial(by_size, noisy=True), NOISY),
+    "fig5": Kind("lmc", fig5, shared=True),
+    "fig6": Kind("warmup", fig6, ("cifar10", "digits"), columns=4),
+    "fig7": Kind("pretrain", fig7, ("cifar100", "digits"), columns=2, shared=True),
+    "fig8": Kind("pretrain", fig8, ("cifar10", "digits")),
+    "fig9": Kind("imp", fig9, shared=True),
+    "fig10": Kind("imp", partial(rivals, metric="lmc"), ("cifar100", "cinic10", "digits")),
+    "fig11": Kind("imp", partial(by_size, every_size=True)),
+    "fig12": Kind("imp", partial(rivals, metric="forgetting"), ("cifar10", "digits")),
+    "fig13": Kind("imp", partial(by_size, noisy=True, every_size=True), NOISY),
+    "examples": Kind("el2n", examples),
 }
+
+
+def drawn(r: Results, figure: str) -> Iterator[tuple[str, Figure]]:
+    """(name, picture) of each model that has the runs of a figure."""
+    stage, draw_panels, _, columns, shared = FIGURES[figure]
+    if figure == "examples":
+        yield from examples(r)
+    for p in r.pictures(stage):
+        draw_panels(p)
+        if p.figure.axes:
+            arrange(p.figure, columns, shared)
+            yield p.name, p.figure
+
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def against(ours: Stat, theirs: Stat | None) -> dict:
+def against(ours: Stat, published: Stat | None) -> dict:
     """The columns that tables share: ours, the paper's, and how they differ."""
-    p = theirs or Stat(math.nan, math.nan, 0)
+    p = published or Stat(math.nan, math.nan, 0)
     row = {"ours": ours.mean, "sd": ours.sd, "n": ours.n, "paper": p.mean, "paper_sd": p.sd}
     row |= {"paper_n": p.n or None, "difference": ours.mean - p.mean}
-    row["standard_error"] = standard_error(ours, p) if theirs else math.nan
+    row["standard_error"] = standard_error(ours, p) if published else math.nan
     return row | {"welch_p": welch(ours, p)}
-
-
-def accuracies(curves: list[Curve], paper: dict[tuple, Curve]) -> list[dict]:
-    return [
-        {"configuration": c.legend, "level": k, "weights_remaining": c.remaining[k]}
-        | against(p, paper[c.key].points.get(k) if c.key in paper else None)
-        for c in curves
-        for k, p in c.points.items()
-    ]
 
 
 def compared(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
@@ -971,21 +955,27 @@ def compared(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
 
 
 def tables(r: Results, levels: Iterable[int], slack: float) -> Iterator[tuple[str, list[dict]]]:
-    for name, curves, paper in r.pictures("imp"):
-        curves = [c for c in curves if c.points]
-        yield f"imp-{name}", accuracies(curves, paper_curves(paper))
-        rows = [compare(a, b, curves, paper, levels, slack) for a, b in compared(curves)]
-        yield f"verdicts-{name}", rows
-    for name, curves, paper in r.pictures("lmc"):
-        yield f"lmc-{name}", barriers(r, curves, paper)
-    for name, curves, paper in r.pictures("warmup"):
+    for p in r.pictures("imp"):
+        curves, published = [c for c in p.curves if c.points], paper_curves(p.paper)
+        rows = [
+            {"configuration": c.legend, "level": k, "weights_remaining": c.remaining[k]}
+            | against(x, published[c.key].points.get(k) if c.key in published else None)
+            for c in curves
+            for k, x in c.points.items()
+        ]
+        yield f"imp-{p.name}", rows
+        rows = [compare(a, b, curves, p.paper, levels, slack) for a, b in compared(curves)]
+        yield f"verdicts-{p.name}", rows
+    for p in r.pictures("lmc"):
+        yield f"lmc-{p.name}", barriers(p)
+    for p in r.pictures("warmup"):
         rows = []
-        for c in curves:
+        for c in p.curves:
             good, lost = trained(c)
             row = {"configuration": c.label, "warmup": c.rewind, "not_trained": lost}
-            known = paper_warmup(c).get(c.rewind) if paper == "cifar10" else None
-            rows += [row | against(summary(good), known)] if good else []
-        yield f"warmup-{name}", rows
+            published = paper_warmup(c).get(c.rewind) if p.paper == "cifar10" else None
+            rows += [row | against(summary(good), published)] if good else []
+        yield f"warmup-{p.name}", rows
 
 
 def cell(value: Any) -> str:
@@ -1008,40 +998,31 @@ def write_table(path: Path, rows: list[dict]) -> None:
 # ---- what is missing -----------------------------------------------------------------------------
 
 
-def missing_curves(r: Results, data: str) -> list[list[str]]:
-    """Commands for the paper's curves of a data set, of the digits those of Figure 2, that results/
-    has not."""
-    p = common.PRESETS[data]
-    wanted = [("all", 0, t, 0.0, "el2n", "") for t in (0, p.rewind, 2 * p.rewind)]
-    wanted += [(s, p.size, p.rewind, 0.0, "el2n", "") for s in SUBSETS[1:]]
-    wanted = [c.key for c in usual(paper_curves(data).values())] or wanted
-    mine = [x for _, curves, _ in r.pictures("imp") for x in curves]
-    have = {c.key for c in mine if c.runs[0].settings["dataset"] == data}
-    commands = []
-    for subset, size, t, *_ in (k for k in wanted if k not in have):
-        words = ["python", "imp.py", "--dataset", data, "--subset", subset, "--rewind", str(t)]
-        words += ["--size", str(size)] * (subset != "all")
-        commands.append([*words, "--replicate", "0-3"])
-    return commands
-
-
-def missing(r: Results, drawn: dict[str, list[str]], datasets: list[str], others: bool) -> list:
+def missing(r: Results, shown: dict[str, list[str]], datasets: list[str], others: bool) -> list:
     """What was not drawn, as (what, command that makes it): of data sets with a grid."""
     lines = []
-    for figure, names in drawn.items():
-        stage, _, grid = FIGURES[figure]
-        for data in datasets:
-            if data in grid and not any(name.startswith(f"{data}-") for name in names):
-                only = ["--only", figure] if figure in list(FIGURES)[:-1] else []
-                command = ["bash", "run_all.sh", *only, "--dataset", data]
-                if not only:
+    for figure, names in shown.items():
+        for data in FIGURES[figure].grid:
+            if data in datasets and not any(name.startswith(f"{data}-") for name in names):
+                command = ["bash", "run_all.sh", "--only", figure, "--dataset", data]
+                if figure == "examples":
                     command = ["python", "el2n.py", "--dataset", data]
+                stage = FIGURES[figure].stage
                 lines.append((f"{figure} of {data}, which needs runs of {stage}.py", command))
-    for data in datasets:
-        if data in ALL and {"fig2", "fig3", "fig11"} & set(drawn):
-            commands = missing_curves(r, data)
-            more = f"{len(commands)} curves of {data}, the first"
-            lines += [(more, command) for command in commands[:1]]
+    made = usual(c for p in r.pictures("imp") for c in p.curves)
+    for data in datasets if {"fig2", "fig3", "fig11"} & set(shown) else ():
+        have = {c.key[:3] for c in made if c.runs[0].settings["dataset"] == data}
+        wanted = [c.key[:3] for c in usual(paper_curves(data).values())]
+        if data == "digits":  # not in the paper: its Figure 2
+            p = common.PRESETS[data]
+            wanted = [("all", 0, t) for t in (0, p.rewind, 2 * p.rewind)]
+            wanted += [(subset, p.size, p.rewind) for subset in SUBSETS[1:]]
+        lacking = [x for x in wanted if x not in have]
+        for subset, size, t in lacking[:1]:
+            command = ["python", "imp.py", "--dataset", data, "--subset", subset]
+            command += ["--size", str(size)] * bool(size) + ["--rewind", str(t)]
+            more = f"{len(lacking)} curves of {data}, the first"
+            lines.append((more, [*command, "--replicate", "0-3"]))
     for data in sorted(set(PUBLISHED) - set(datasets)) if others else ():
         lines.append((data, ["bash", "run_all.sh", "--dataset", data]))
     return lines
@@ -1050,19 +1031,28 @@ def missing(r: Results, drawn: dict[str, list[str]], datasets: list[str], others
 # ---- plans and costs -----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A command of a stage: its first folder below --out, runs, network-steps, whether all done."""
+class Job(NamedTuple):
+    """A command of a stage."""
 
-    folder: Path
+    folders: tuple[str, ...]  # below --out: imp/cifar10-resnet20/easy3200-rewind200/rep0-3
     runs: int
-    steps: int
-    done: bool
+    steps: int  # network-steps
+    done: bool  # all runs
+
+
+def folded(places: Iterable[Path]) -> tuple[str, ...]:
+    """Run folders, the replicates of one configuration in one: rep0, rep1, rep2 -> rep0-2."""
+    parts = ((re.fullmatch(r"(.+)/rep(\d+)", str(place)), place) for place in places)
+    replicates = grouped((x[1], int(x[2])) if x else (str(place), None) for x, place in parts)
+    return tuple(
+        folder if None in numbers else f"{folder}/rep{ranges(numbers).replace(' ', '')}"
+        for folder, numbers in replicates.items()
+    )
 
 
 def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
     """Of shell command lines of the stages; those of figures.py and empty ones are left out."""
-    parsers: dict[str, tuple] = {}
+    parser_of = functools.cache(lambda stage: importlib.import_module(stage).flags())
     for line in filter(str.strip, lines):
         try:
             words = shlex.split(line)
@@ -1070,66 +1060,57 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
             stage = Path(words[at]).stem
             if stage == "figures":
                 continue
-            if stage not in parsers:
-                if stage not in (*STAGES, "el2n"):
-                    raise runs.UserError(f"{stage}.py is no stage")
-                module = importlib.import_module(stage)
-                parsers[stage] = module.flags(), module.plan
-            parser, plan = parsers[stage]
-            args = parser.parse_args(words[at + 1 :])
-            found = plan(args)
+            if stage not in (*STAGES, "el2n"):
+                raise runs.UserError(f"{stage}.py is no stage")
+            args = parser_of(stage).parse_args(words[at + 1 :])
+            found = importlib.import_module(stage).plan(args)
         except (ValueError, StopIteration, runs.UserError) as e:
             reason = f"{line.strip()} ({runs.one_line(e)})"
             raise runs.UserError(f"not a command of a stage: {reason}") from e
-        folder = found[0][0].relative_to(args.out)
-        folder = folder.parent if re.fullmatch(r"rep\d+", folder.name) else folder
+        folders = folded(place.relative_to(args.out) for place, *_ in found)
         steps = sum(steps for _, steps, _ in found)
-        yield Job(folder, len(found), steps, all(done for *_, done in found))
+        yield Job(folders, len(found), steps, all(done for *_, done in found))
 
 
 def rates(found: list[Run]) -> dict[str, float]:
     """Network-steps per second of each model, the median over the levels of imp. Replicates of one
     folder with the same seconds trained side by side."""
-    by_folder = defaultdict(list)
-    for run in found:
-        if run.stage == "imp":
-            by_folder[run.model, run.name] += run.result["levels"]
-    by_model = defaultdict(list)
-    for (model, _), levels in by_folder.items():
-        beside = Counter((x["level"], x["seconds"]) for x in levels)
-        together = ((x["steps_per_second"], beside[x["level"], x["seconds"]]) for x in levels)
-        by_model[model] += [rate * count for rate, count in together]
-    return {model: float(np.median(rate)) for model, rate in by_model.items() if rate}
+    levels = [
+        (run.place, x) for run in found if run.place[0] == "imp" for x in run.result["levels"]
+    ]
+    beside = Counter((place, x["level"], x["seconds"]) for place, x in levels)
+    by_model = grouped(
+        (place[1], x["steps_per_second"] * beside[place, x["level"], x["seconds"]])
+        for place, x in levels
+    )
+    return {model: float(np.median(rate)) for model, rate in by_model.items()}
 
 
-def rate_of(stage: str, model: str, measured: dict[str, float], rate: float | None) -> float | None:
+def rate_of(stage: str, model: str, measured: dict[str, float], rate: float | None) -> float:
     """Network-steps per second: measured, else from that of ResNet-20 on 128 images by depth and
-    batch size (warmup 1024, CINIC-10 256); None where there is neither."""
+    batch size (warmup 1024, CINIC-10 256); NaN where there is neither."""
     digits, depth = model.startswith("digits"), re.search(r"-resnet(\d+)", model)
     if model in measured:
         return measured[model] / (8 if stage == "warmup" and not digits else 1)
     if rate is None or digits or not depth:
-        return None
+        return math.nan
     batches = 8 if stage == "warmup" else 2 if model.startswith("cinic10") else 1
     return rate * 18 / ((int(depth[1]) - 2) * batches)
 
 
 def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) -> str:
     """A table of jobs, runs, network-steps and hours by stage and model."""
-    groups: dict[str, list[Job]] = defaultdict(list)
+    rows: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))
     for job in jobs:
-        groups["/".join(job.folder.parts[:2])].append(job)
-    head = ("stage/model", "jobs", "runs", "network-steps", "hours")
-    rows, hours = [], []
-    for name, group in groups.items():
-        steps, speed = sum(j.steps for j in group), rate_of(*name.split("/"), measured, rate)
-        hours.append(steps / speed / 3600 if speed else math.nan)
-        rows.append((name, len(group), sum(j.runs for j in group), steps, hours[-1]))
-    rows.append(("all", *(sum(row[k] for row in rows) for k in (1, 2, 3)), sum(hours)))
+        stage, model = Path(job.folders[0]).parts[:2]
+        hours = job.steps / rate_of(stage, model, measured, rate) / 3600
+        rows[f"{stage}/{model}"] += (1, job.runs, job.steps, hours)
+    rows["all"] = sum(rows.values(), np.zeros(4))
     form = "{:<30} {:>6} {:>6} {:>16} {:>10}".format
-    lines = [form(*head)]
-    lines += [form(*row[:4], "-" if math.isnan(row[4]) else f"{row[4]:.1f}") for row in rows]
-    if math.isnan(sum(hours)):
+    lines = [form("stage/model", "jobs", "runs", "network-steps", "hours")]
+    for name, (*numbers, hours) in rows.items():
+        lines.append(form(name, *map(int, numbers), "-" if math.isnan(hours) else f"{hours:.1f}"))
+    if math.isnan(hours):
         lines.append("hours: no measured rate for some of these; run one, or give --rate")
     return "\n".join(lines)
 
@@ -1139,30 +1120,24 @@ def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) ->
 
 def flags() -> runs.Parser:
     parser = runs.Parser(description=__doc__)
-    some = f"of {', '.join(FIGURES)} [all but examples]"
-    parser.add_argument("figure", nargs="*", help=some)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where results are")
-    parser.add_argument("--figures", type=Path, help="where pictures go [OUT/figures]")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="examples: of data")
-    parser.add_argument(
-        "--dataset", action="append", help="only of this data set, or folder of images"
-    )
-    about = "whose curves of the paper to draw behind, of runs on other data"
-    parser.add_argument("--paper", choices=PUBLISHED, help=about)
-    about = "the verdict of one folder of results/imp/MODEL/ over another, and nothing else"
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=about)
-    about = "at which verdicts are given, such as 3-12 [all but 0]"
-    parser.add_argument("--levels", type=runs.numbers, default=(), help=about)
+    add = parser.add_argument
+    add("figure", nargs="*", help=f"of {', '.join(FIGURES)} [all but examples]")
+    add("--out", type=Path, default=Path("results"), help="where results are")
+    add("--figures", type=Path, help="where pictures go [OUT/figures]")
+    add("--data-dir", type=Path, default=Path("data"), help="examples: of data")
+    add("--dataset", action="append", help="only of this data set, or folder of images")
+    add("--paper", choices=PUBLISHED, help="whose curves to draw behind, of runs on other data")
+    add("--compare", nargs=2, metavar=("A", "B"), help="verdict of one imp folder over another")
+    add("--levels", type=runs.numbers, default=(), help="of verdicts, such as 3-12 [all but 0]")
     about = "standard errors by which a curve may be lower without being below [1]"
-    parser.add_argument("--slack", type=runs.number(float, 0), default=1.0, help=about)
-    about = "print the measured network-steps per second of each model, and nothing else"
-    parser.add_argument("--rates", action="store_true", help=about)
-    about = "for each command on stdin: done or todo, network-steps, runs, folder below --out"
-    parser.add_argument("--plan", action="store_true", help=about)
+    add("--slack", type=runs.number(float, 0), default=1.0, help=about)
+    add("--rates", action="store_true", help="print measured network-steps per second by model")
+    about = "for each command on stdin: done or todo, network-steps, runs, folders below --out"
+    add("--plan", action="store_true", help=about)
     about = "jobs, runs, network-steps and hours of the commands on stdin"
-    parser.add_argument("--cost", action="store_true", help=about)
+    add("--cost", action="store_true", help=about)
     about = "--cost: network-steps per second of ResNet-20 on 128 images, where none are measured"
-    parser.add_argument("--rate", type=runs.number(float, 0, open_low=True), help=about)
+    add("--rate", type=runs.number(float, 0, open_low=True), help=about)
     return parser
 
 
@@ -1171,23 +1146,18 @@ def compare_two(r: Results, names: list[str], levels: Iterable[int], slack: floa
     found = []
     for name in names:
         end = f"/{name.strip('/')}"
-        here = [(c, cs, paper) for _, cs, paper in r.pictures("imp") for c in cs]
-        here = [x for x in here if x[0].runs[0].folder.parent.as_posix().endswith(end)]
+        here = {c.runs[0].folder.parent: (c, p) for p in r.pictures("imp") for c in p.curves}
+        here = {folder: x for folder, x in here.items() if folder.as_posix().endswith(end)}
         if len(here) != 1:
-            which = ", ".join(str(c.runs[0].folder.parent) for c, *_ in here) or "no such run"
+            which = ", ".join(map(str, here)) or "no such run"
             raise runs.UserError(f"--compare {name}: {which}; name one below results/imp/")
-        found += here
-    (a, curves, paper), (b, *_) = found
-    return compare(a, b, curves, paper, levels, slack)
+        found += here.values()
+    (a, p), (b, _) = found
+    return compare(a, b, p.curves, p.paper, levels, slack)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """PNG and SVG, high enough for the legends."""
-    if figure.get_layout_engine():
-        legends = [len(x.get_texts()) for ax in figure.axes if (x := ax.get_legend())]
-        rows = figure.axes[0].get_subplotspec().get_gridspec().nrows
-        shared = sum(0.4 + 0.14 * len(x.get_texts()) / 5 for x in figure.legends)
-        figure.set_figheight(rows * (2.6 + 0.15 * max(legends, default=0)) + shared)
+    """PNG and SVG."""
     for kind, about in (("png", {}), ("svg", {"Date": None})):
         keep = functools.partial(figure.savefig, format=kind, dpi=160, metadata=about)
         runs.write(path.parent / f"{path.name}.{kind}", keep)
@@ -1199,45 +1169,40 @@ def main(args: argparse.Namespace) -> Any:
     if unknown := [f for f in args.figure if f not in FIGURES]:
         raise runs.UserError(f"{unknown[0]}: not one of {', '.join(FIGURES)}")
     if args.plan:
-        jobs = []
         for job in read_jobs(sys.stdin):
-            jobs.append(job)
-            print("done" if job.done else "todo", job.steps, job.runs, job.folder, sep="\t")
-        return jobs
-    found = read_runs(args.out)
+            state = "done" if job.done else "todo"
+            print(state, job.steps, job.runs, *job.folders, sep="\t")
+        return None
     only = {Path(d).name for d in args.dataset or ()}
-    if only:
-        found = [run for run in found if run.settings["dataset"] in only]
+    found = [x for x in read_runs(args.out) if not only or x.settings["dataset"] in only]
     if args.cost:
         return print(cost(read_jobs(sys.stdin), rates(found), args.rate))
     if args.rates:
         print("\n".join(f"{model} {rate:.1f}" for model, rate in rates(found).items()))
         return rates(found)
-    metrics = read_metrics(args.out)
-    if only:
-        of = {k: m["folder"].parts[-2].rsplit("-", 1)[0] for k, m in metrics.items()}
-        metrics = {k: m for k, m in metrics.items() if of[k] in only}
+    metrics = read_metrics(args.out).items()
+    metrics = {k: m for k, m in metrics if not only or m["dataset"] in only}
     r = Results(found, metrics, args.paper, args.data_dir, tuple(args.dataset or ()))
     if args.compare:
         row = compare_two(r, args.compare, args.levels, args.slack)
         print("\n".join(f"{k:24} {cell(v)}" for k, v in row.items()))
         return row
     folder = args.figures or args.out / "figures"
-    datasets = sorted(only) or sorted({run.settings["dataset"] for run in found})
-    written, drawn = [], {}
-    for figure in args.figure or [*FIGURES][:-1]:
-        drawn[figure] = []
-        for name, picture in FIGURES[figure][1](r):
+    written, shown = [], {}
+    for figure in args.figure or [x for x in FIGURES if x != "examples"]:
+        shown[figure] = []
+        for name, picture in drawn(r, figure):
             picture.suptitle(f"{figure}  {name}", fontsize=8, x=0.01, ha="left")
             save(picture, folder / f"{figure}-{name}")
             written.append(folder / f"{figure}-{name}.png")
-            drawn[figure].append(name)
+            shown[figure].append(name)
     for name, rows in () if args.figure else tables(r, args.levels, args.slack):
         if rows:
             write_table(folder / name, rows)
             written.append(folder / f"{name}.md")
+    datasets = sorted(only) or sorted({run.settings["dataset"] for run in found})
     out = [] if args.out == Path("results") else ["--out", str(args.out)]
-    lacking = missing(r, drawn, datasets, not args.dataset)
+    lacking = missing(r, shown, datasets, not args.dataset)
     lacking = [f"{what}: {shlex.join(command + out)}" for what, command in lacking]
     for line in lacking:
         print(f"missing: {line}", file=sys.stderr)

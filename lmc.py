@@ -272,10 +272,13 @@ def spawn(args: argparse.Namespace, data: common.Data, starts: dict[int, dict]) 
     return group
 
 
+def between_name(paths: list[Path], marks: list[str]) -> str:
+    stems = "+".join(path.stem for path in paths)
+    return f"between-{stems[:80]}-{runs.fingerprint(marks)[:6]}"
+
+
 def measure_between(args: argparse.Namespace, data: common.Data) -> list[dict]:
     """--between: the barriers of saved networks, each with each; returns the result."""
-    if len(args.between) < 2:
-        raise runs.UserError("--between takes two files or more")
     model, states, marks = common.make_model(args, data), [], []
     for path in args.between:
         state, about = common.read_network(path)
@@ -284,8 +287,7 @@ def measure_between(args: argparse.Namespace, data: common.Data) -> list[dict]:
         states.append(common.check_fits(f"--between {path}", model, state))
         marks.append(runs.fingerprint(states[-1]))
     settings = common.settings_of(args, data) | {"between": marks}
-    stems = "+".join(path.stem for path in args.between)
-    name = f"between-{stems[:80]}-{runs.fingerprint(marks)[:6]}"
+    name = between_name(args.between, marks)
     with common.open_runs(args, "lmc", name, settings, [0]) as [run]:
         if not measured_alike(args, run):
             networks = common.Networks(model, len(states), args.device)
@@ -347,6 +349,13 @@ def spawn_points(args: argparse.Namespace) -> list[int]:
 
 def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     """(folder, network-steps, done) of each spawn point and replicate; reads no data."""
+    check_flags(args)
+    if args.between:  # nothing is trained
+        args.subset = "all"
+        common.fill(args)
+        marks = [runs.fingerprint(common.read_network(path)[0]) for path in args.between]
+        folder = common.run_folder(args, "lmc", between_name(args.between, marks))
+        return common.planned(folder, (0,), 0)
     common.fill(args)
     found = []
     for t in spawn_points(args):
@@ -358,6 +367,8 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that contradict each other."""
+    if args.between and len(args.between) < 2:
+        raise runs.UserError("--between takes two files or more")
     if args.alphas % 2 == 0:
         raise runs.UserError(f"--alphas {args.alphas}: an odd number has 1/2 among the values")
     for flag in ("parent", "between"):

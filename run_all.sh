@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole paper: scores, pre-training and pruning, children, warmup, figures.
+# The paper: scores, pre-training and pruning, children, warmup, figures.
 #
 #   bash run_all.sh --quick                 every stage and figure on the embedded digits, minutes
 #   bash run_all.sh                         the full reproduction, here, one run after the other
@@ -23,8 +23,8 @@
 #   --partition, --account, --time, --gres, --sbatch OPTION    go to sbatch
 set -uf -o pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-out=results data_dir=data mode=run only='' wave_only='' datasets=() preset='' quick=''
-spread='' grid='' jobs='' gpus=() device='' rate='' sbatch=() extra=() levels='' sharpness=''
+out=results data_dir=data mode=run only='' wave='' datasets=() preset=cifar10 quick='' spread=''
+grid='' jobs='' gpus=() device='' rate='' sbatch=() extra=() levels='' sharpness=''
 python=${PYTHON:-$(command -v python || command -v python3)}
 if [[ $here = "$PWD" ]]; then beside=''; else beside=$here/; fi
 
@@ -32,10 +32,15 @@ fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
 
 # ---- the grid ------------------------------------------------------------------------------------
 
-# A task is a command: the figures it is for; its wave; the task whose scores it needs; and whether
-# these are to be named in the command, once their folder is known.
-command=() figures=() wave=() need=() scored=()
+# A task is a command: the figures it is for; its wave; the task that makes the scores it needs; and
+# the one whose scores are to be named in the command, once their folder is known.
+command=() figures=() waves=() need=() scored=()
 declare -A known=() # command -> task
+
+# Set before a call, for it alone: label noise; the task whose scores rank the examples instead of
+# EL2N's; replicates instead of the stage's.
+noise=0 scores='' R=''
+declare -A ranked=() # by noise: the task that makes EL2N scores
 
 quote() { # ARGUMENT...: sets `text` to what a shell and Python's shlex both read as them
     local x
@@ -46,64 +51,52 @@ quote() { # ARGUMENT...: sets `text` to what a shell and Python's shlex both rea
     done
 }
 
-add() { # FIGURES STAGE NEED FLAG...: sets `made` to the task
-    local all=("$python" "$beside$2.py" "${given[@]}" "${@:4}" "--out=$out" "--data-dir=$data_dir")
-    [[ -z $device ]] || all+=("--device=$device")
-    quote "${all[@]}" --quiet
-    made=${known["$text $scores"]-}
-    if [[ -n $made ]]; then
-        figures[made]+=" $1"
-        return
-    fi
-    made=${#command[@]} known["$text $scores"]=$made
-    command+=("$text") figures+=("$1") need+=("$3") scored+=("$scores")
-    if [[ $2 = el2n ]]; then wave+=(1); elif [[ -z $3 ]]; then wave+=(2); else wave+=($((wave[$3] + 1))); fi
-}
-
 use() { # DATASET PRESET: what the functions below are about
     given=("--dataset=$1") ranked=()
     [[ $1 = "$2" ]] || given+=("--preset=$2")
 }
 
-# Set before a call, for it alone: label noise; the task whose scores rank the examples instead of
-# EL2N's; replicates instead of the stage's.
-noise=0 scores='' R=''
-declare -A ranked=() # by noise: the task that makes EL2N scores
+add() { # FIGURES STAGE NEED FLAG...: sets `made` to the task
+    quote "$python" "$beside$2.py" "${given[@]}" "${@:4}" "--out=$out" "--data-dir=$data_dir" \
+        ${device:+"--device=$device"} --quiet
+    made=${known["$text $scores"]:=${#command[@]}}
+    figures[made]="${figures[made]-} $1"
+    ((made == ${#command[@]})) || return 0
+    command+=("$text") need+=("$3") scored+=("$scores")
+    case $2$3 in el2n) waves+=(1) ;; "$2") waves+=(2) ;; *) waves+=($((waves[$3] + 1))) ;; esac
+}
 
 el2n() { # FIGURES FLAG...
-    local noisy=() scores=''
-    [[ $noise = 0 ]] || noisy=("--label-noise=$noise")
-    add "$1" el2n '' "${noisy[@]}" "${@:2}"
+    local flags=("${@:2}") scores=''
+    [[ $noise = 0 ]] || flags=("--label-noise=$noise" "${flags[@]}")
+    add "$1" el2n '' "${flags[@]}"
     (($# > 1)) || ranked[$noise]=$made
 }
 
-train() { # STAGE REPLICATES FLAG-OF-STEP FIGURES SUBSET SIZE STEP FLAG...
-    local r=("${R:-$2}") flags=("--subset=$5") scores=$scores after=''
-    [[ $5 = all ]] || flags+=("--size=$6")
-    flags+=("--$3=$7" "${@:8}")
-    [[ $noise = 0 ]] || flags+=("--label-noise=$noise")
-    case $1$5 in # pretrain.py follows the accuracy on easy examples, whatever it trains on
-    *easy | *hard | pretrain*) after=${scores:-${ranked[$noise]-}} ;;
-    *) scores='' ;;
-    esac
-    # LMC scores are a mean over replicates, so these stay together
-    [[ -z $spread || $1$5 = lmcall ]] || mapfile -t r < <(seq "${r%-*}" "${r#*-}")
-    for r in "${r[@]}"; do add "$4" "$1" "$after" "${flags[@]}" "--replicate=$r"; done
+train() { # STAGE REPLICATES FLAG-OF-STEP FIGURES SUBSETS SIZES STEPS FLAG...: every combination
+    local by=$scores subset size t r flags replicates scores after
+    for subset in $5; do for size in $6; do for t in $7; do
+        flags=("--subset=$subset") replicates=("${R:-$2}") scores=$by after=''
+        [[ $subset = all ]] || flags+=("--size=$size")
+        flags+=("--$3=$t" "${@:8}")
+        [[ $noise = 0 ]] || flags+=("--label-noise=$noise")
+        case $1$subset in # pretrain.py follows the accuracy on easy examples, whatever it trains on
+        *easy | *hard | pretrain*) after=${scores:-${ranked[$noise]-}} ;;
+        *) scores='' ;;
+        esac
+        # LMC scores are a mean over replicates, so these stay together
+        [[ -z $spread || $1$subset = lmcall ]] ||
+            mapfile -t replicates < <(seq "${replicates[0]%-*}" "${replicates[0]#*-}")
+        for r in "${replicates[@]}"; do add "$4" "$1" "$after" "${flags[@]}" "--replicate=$r"; done
+    done; done; done
 }
 
-# FIGURES SUBSET SIZE STEP FLAG...
+# FIGURES SUBSETS SIZES STEPS FLAG...
 imp() { train imp 0-3 rewind "$@" ${levels:+"--levels=$levels"} "${extra[@]}"; }
 lmc() { train lmc 0-1 rewind "$@" "${extra[@]}"; }
 pretrain() { train pretrain 0-3 rewind "$@" "${extra[@]}"; }
 warmup() { train warmup 0-7 warmup "$@" ${sharpness:+"--sharpness-every=$sharpness"}; }
 both() { imp "$@"; lmc "$@"; } # of Figure 5: children, and pruning from the same start
-
-each() { # FUNCTION FIGURES SUBSETS SIZES STEPS FLAG...: of each of these
-    local s m t
-    for s in $3; do
-        for m in $4; do for t in $5; do "$1" "$2" "$s" "$m" "$t" "${@:6}"; done; done
-    done
-}
 
 grid_of() { # DATASET PRESET: figure by figure; a command that several figures need runs once
     local h main sizes p t by=() kinds='easy random hard'
@@ -116,10 +109,10 @@ grid_of() { # DATASET PRESET: figure by figure; a command that several figures n
     esac
     use "$1" "$2"
     el2n ''
-    each imp 'fig2 fig3 fig11' all - "0 $h $((2 * h))"
-    each imp fig2 "$kinds" $main $h
-    each imp 'fig3 fig11' "$kinds" "$sizes" $h
-    each imp fig9 all - "$h $((2 * h))"
+    imp 'fig2 fig3 fig11' all - "0 $h $((2 * h))"
+    imp fig2 "$kinds" $main $h
+    imp 'fig3 fig11' "$kinds" "$sizes" $h
+    imp fig9 all - "$h $((2 * h))"
     imp fig9 easy $main $h
     "grid_$2"
 }
@@ -128,26 +121,26 @@ grid_cifar10() {
     local lengths='100 200 400 600 800 1200 1600 2400 3200'
     # The text ranks all examples together; the authors' curves are of classes ranked apart.
     imp fig2 easy 3200 200 --balance
-    each imp 'fig3 fig11' easy "$sizes" 200 --balance
+    imp 'fig3 fig11' easy "$sizes" 200 --balance
     imp 'fig4 fig13' all - 0 # where noise has done nothing yet
     for p in 0.1 0.5; do
         noise=$p el2n ''
-        noise=$p each imp 'fig4 fig13' all - '200 400'
-        noise=$p each imp fig4 'easy random' 3200 200
-        noise=$p each imp fig13 'easy random' '512 1024 2048 3200' 200
+        noise=$p imp 'fig4 fig13' all - '200 400'
+        noise=$p imp fig4 'easy random' 3200 200
+        noise=$p imp fig13 'easy random' '512 1024 2048 3200' 200
     done
-    each both fig5 all - '0 200 400' # ours: the paper's Figure 5 has CIFAR-100 and CINIC-10
-    each both fig5 "$kinds" 3200 200
-    each warmup fig6 all - "0 $lengths"
-    each warmup fig6 easy '5120 10240 25600' "$lengths" --balance # as the authors' code has it
-    each warmup fig6 'random hard' '5120 10240 25600' "$lengths"
-    for p in 0 25000 37500 39760; do each warmup fig6 easy 10240 "$lengths" --offset=$p; done
-    each pretrain fig8 'easy random' 25600 200
-    each imp fig12 all - '0 200 400'
+    both fig5 all - '0 200 400' # ours: the paper's Figure 5 has CIFAR-100 and CINIC-10
+    both fig5 "$kinds" 3200 200
+    warmup fig6 all - "0 $lengths"
+    warmup fig6 easy '5120 10240 25600' "$lengths" --balance # as the authors' code has it
+    warmup fig6 'random hard' '5120 10240 25600' "$lengths"
+    for p in 0 25000 37500 39760; do warmup fig6 easy 10240 "$lengths" --offset=$p; done
+    pretrain fig8 'easy random' 25600 200
+    imp fig12 all - '0 200 400'
     el2n fig12 --metric=forgetting --networks=4
     t=$made
-    each imp fig12 easy '1024 2048 3200' 200 --balance
-    scores=$t each imp fig12 easy '1024 2048 3200' 200 --balance
+    imp fig12 easy '1024 2048 3200' 200 --balance
+    scores=$t imp fig12 easy '1024 2048 3200' 200 --balance
 }
 
 lmc_scores() { # Figure 10: beside EL2N at the same step; what pruning by them is compared with
@@ -157,31 +150,31 @@ lmc_scores() { # Figure 10: beside EL2N at the same step; what pruning by them i
         lmc fig10 all - $t
         by[t]=$made
     done
-    each imp fig10 all - '0 400 800'
+    imp fig10 all - '0 400 800'
 }
 
 grid_cifar100() {
     lmc_scores
-    each both fig5 all - '0 400 800'
+    both fig5 all - '0 400 800'
     sizes='512 1024 2048 3200'
-    each imp fig10 'easy random' "$sizes" 400
-    each both fig5 'easy random' "$sizes" 400
-    scores=${by[1600]} each imp fig10 easy "$sizes" 400
-    scores=${by[1600]} each both fig5 easy "$sizes" 400
+    imp fig10 'easy random' "$sizes" 400
+    both fig5 'easy random' "$sizes" 400
+    scores=${by[1600]} imp fig10 easy "$sizes" 400
+    scores=${by[1600]} both fig5 easy "$sizes" 400
     pretrain fig7 all - 1600 --easy-size=2048 --easy-balance
     pretrain fig7 easy 2048 1600 --balance
 }
 
 grid_cinic10() {
     imp 'fig3 fig11' all - 200 # where the matching step is 400
-    each imp 'fig3 fig11' "$kinds" '12800 25600 51200' 200
+    imp 'fig3 fig11' "$kinds" '12800 25600 51200' 200
     lmc_scores
-    each both fig5 all - '200 400 800'
-    each both fig5 'easy random' '12800 25600 51200' '200 400'
-    each imp fig10 'easy random' "$sizes" 400
+    both fig5 all - '200 400 800'
+    both fig5 'easy random' '12800 25600 51200' '200 400'
+    imp fig10 'easy random' "$sizes" 400
     for t in 800 1600; do
-        scores=${by[t]} each imp fig10 easy "$sizes" 400
-        scores=${by[t]} each both fig5 easy '12800 25600 51200' 400
+        scores=${by[t]} imp fig10 easy "$sizes" 400
+        scores=${by[t]} both fig5 easy '12800 25600 51200' 400
     done
 }
 
@@ -189,21 +182,21 @@ grid_digits() { # something of everything
     imp fig2 easy 256 20 --balance
     imp 'fig4 fig13' all - 0
     noise=0.1 el2n ''
-    noise=0.1 each imp 'fig4 fig13' 'easy random' 256 20
+    noise=0.1 imp 'fig4 fig13' 'easy random' 256 20
     noise=0.1 imp 'fig4 fig13' all - 20
-    each both fig5 all - '0 20 40'
-    each both fig5 "$kinds" 256 20
+    both fig5 all - '0 20 40'
+    both fig5 "$kinds" 256 20
     warmup fig6 all - 0
-    each warmup fig6 'all easy random hard' 256 60
+    warmup fig6 'all easy random hard' 256 60
     warmup fig6 easy 256 60 --offset=512
     pretrain fig7 all - 60 --easy-size=256 --easy-balance
     pretrain fig7 easy 256 60 --balance
-    each pretrain fig8 'easy random' 256 20
+    pretrain fig8 'easy random' 256 20
     el2n fig10 --score-step=40
     lmc fig10 all - 40
     scores=$made imp fig10 easy 256 20
-    each imp fig10 'easy random' 256 20
-    each imp 'fig10 fig12' all - '0 20 40'
+    imp fig10 'easy random' 256 20
+    imp 'fig10 fig12' all - '0 20 40'
     el2n fig12 --metric=forgetting "${extra[@]}"
     t=$made
     imp fig12 easy 256 20 --balance
@@ -216,7 +209,7 @@ wanted=() state=() folder=() # by task
 
 plan() { # TASK...: sets their state (done, todo) and folder, which the stages know
     local status place i
-    while IFS=$'\t' read -r status _ _ place; do
+    while IFS=$'\t' read -r status _ _ place _; do
         state[$1]=$status folder[$1]=$place
         shift
     done < <(for i; do echo "${command[i]}"; done |
@@ -224,7 +217,7 @@ plan() { # TASK...: sets their state (done, todo) and folder, which the stages k
     (($# == 0)) || fail "figures.py --plan stopped at: ${command[$1]}"
 }
 
-select_tasks() { # those of --only and what they need; paths of scores; waves
+select_tasks() { # those of --only and what they need; paths of scores
     local f i any makers=()
     for f in ${only//,/ }; do
         any=''
@@ -234,7 +227,7 @@ select_tasks() { # those of --only and what they need; paths of scores; waves
         [[ -n $any ]] || fail "no run is for $f${chosen:+ of ${chosen[*]}}"
     done
     for ((i = ${#command[@]} - 1; i >= 0; i--)); do
-        [[ -n $only ]] || wanted[i]=1
+        [[ -n $only && -z ${wanted[i]-} ]] || wanted[i]=1
         [[ -n ${wanted[i]-} ]] || continue
         [[ -z ${need[i]} ]] || wanted[need[i]]=1
         [[ -z ${scored[i]} ]] || makers[scored[i]]=${scored[i]}
@@ -242,7 +235,8 @@ select_tasks() { # those of --only and what they need; paths of scores; waves
     ((${#makers[@]} == 0)) || plan "${makers[@]}"
     for i in "${!wanted[@]}"; do
         [[ -n ${scored[i]} ]] || continue
-        quote "--scores=$out/${folder[scored[i]]}/scores.npy"
+        [[ ${folder[scored[i]]} =~ ^(.*)/rep[0-9,-]+$|^(.*)$ ]] # beside those of the replicates
+        quote "--scores=$out/${BASH_REMATCH[1]}${BASH_REMATCH[2]}/scores.npy"
         command[i]+=" $text"
     done
 }
@@ -253,28 +247,20 @@ figures_line() { # sets `text`
     quote "$python" "${beside}figures.py" "${drawn[@]}" "${chosen[@]/#/--dataset=}" "--out=$out"
 }
 
-list() {
+commands() { # prints those of --wave
     local i
     for i in "${!wanted[@]}"; do
-        [[ -n $wave_only && ${wave[i]} != "$wave_only" ]] || echo "${command[i]}"
+        [[ -n $wave && ${waves[i]} != "$wave" ]] || echo "${command[i]}"
     done
-    figures_line
-    [[ -n $wave_only && $wave_only != 4 ]] || echo "$text"
-}
-
-name_of() { # TASK: its folder, with the replicate where it is one and the scores it is given
-    local r='' maker=${scored[$1]}
-    [[ ! ${command[$1]} =~ --replicate=([0-9]+)" " ]] || r=/rep${BASH_REMATCH[1]}
-    echo "${folder[$1]}$r${maker:+ by ${folder[maker]}}"
 }
 
 # ---- on this machine -----------------------------------------------------------------------------
 
-pid=() at=() began=$SECONDS # by slot: a process and its task
+pid=() at=() # by slot: a process and its task
 
-say() { printf '%3d:%02d  %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*" >&2; }
+say() { printf '%3d:%02d  %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*" >&2; }
 
-log_of() { local n; n=$(name_of "$1"); echo "$out/logs/${n//[\/ ]/,}.log"; }
+log_of() { echo "$out/logs/${folder[$1]//\//,}.log"; }
 
 next() { # sets `task` to one that can start; what needs a failed one is blocked
     for task in "${!wanted[@]}"; do
@@ -297,7 +283,7 @@ launch() { # TASK: in the first free slot
         eval "exec ${command[$1]}"
     ) >>"$log" 2>&1 </dev/null &
     pid[slot]=$! at[slot]=$1 state[$1]=running
-    say "start   $(name_of "$1")"
+    say "start   ${folder[$1]}"
 }
 
 stop() { # STATUS: every child saves itself and ends
@@ -323,7 +309,7 @@ run_here() {
             ! kill -0 "${pid[s]}" 2>/dev/null || continue
             i=${at[s]}
             if wait "${pid[s]}"; then state[i]='done'; else state[i]=failed; fi
-            say "${state[i]}  $(name_of "$i")  ($((++settled)) of $todo)"
+            say "${state[i]}  ${folder[i]}  ($((++settled)) of $todo)"
             unset "pid[s]"
         done
     done
@@ -366,7 +352,7 @@ submit() { # DEPENDENCY TASK...: as one job array
 }
 
 run_slurm() {
-    local i j w n line alive todo queued=0 submitted=0 group=()
+    local i j n line alive after queued=0 submitted=0 groups=() group
     command -v sbatch >/dev/null || fail '--slurm: there is no sbatch here'
     alive=" $(squeue -h -r -u "$(id -un)" -o %i | tr '\n' ' ') " ||
         fail '--slurm: squeue does not answer'
@@ -378,27 +364,26 @@ run_slurm() {
         if [[ $alive = *" $n "* ]]; then
             state[i]=queued queued=$((queued + 1))
         else
-            echo "again: $(name_of "$i"), log of the last time: $out/slurm/$n.log"
+            echo "again: ${folder[i]}, log of the last time: $out/slurm/$n.log"
         fi
     done
-    for w in 1 2 3; do
-        declare -A groups=() # by what they wait for
-        for i in "${!wanted[@]}"; do
-            [[ ${state[i]} = todo && ${wave[i]} = "$w" ]] || continue
-            n=${need[i]}
-            [[ -z $n || ${state[n]} = 'done' ]] && n='' || n=${job_of[${command[n]}]}
-            groups[_$n]+=" $i"
-        done
-        for n in "${!groups[@]}"; do
-            read -ra group <<<"${groups[$n]}"
-            for ((j = 0; j < ${#group[@]}; j += 1000)); do # MaxArraySize is 1001 by default
-                submit "${n#_}" "${group[@]:j:1000}"
-            done
-            submitted=$((submitted + ${#group[@]}))
-        done
+    for i in "${!wanted[@]}"; do # by what they wait for, 0 for nothing; that is submitted before
+        [[ ${state[i]} = todo ]] || continue
+        n=${need[i]}
+        [[ -n $n && ${state[n]} != 'done' ]] || n=-1
+        groups[n + 1]+=" $i"
     done
-    n=$((${#wanted[@]} - submitted - queued))
-    echo "$submitted runs submitted, $queued queued before, $n finished"
+    for n in "${!groups[@]}"; do
+        after=''
+        ((n == 0)) || after=${job_of[${command[n - 1]}]}
+        read -ra group <<<"${groups[n]}"
+        for ((j = 0; j < ${#group[@]}; j += 1000)); do # MaxArraySize is 1001 by default
+            submit "$after" "${group[@]:j:1000}"
+        done
+        submitted=$((submitted + ${#group[@]}))
+    done
+    echo "$submitted runs submitted, $queued queued before," \
+        "$((${#wanted[@]} - submitted - queued)) finished"
     ((submitted)) || return 0
     figures_line
     sbatch --parsable --job-name=figures "--output=${out//%/%%}/slurm/figures.log" \
@@ -422,9 +407,7 @@ run_task() { # FILE: this element of a job array, on its node
 # ---- command line --------------------------------------------------------------------------------
 
 while (($#)); do
-    case $1 in
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
+    [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit ;;
     --quick | --spread) printf -v "${1#--}" 1; shift; continue ;;
@@ -433,12 +416,10 @@ while (($#)); do
     (($# > 1)) || fail "$1: unknown, or its value is missing (--help)"
     [[ $2 != *[$'\n\t']* ]] || fail "$1: a name with a line break or a tab"
     case $1 in
-    --only) only+=,$2 ;;
+    --only) only+=${only:+,}$2 ;;
     --dataset) datasets+=("$2") ;;
-    --out) out=${2%/} ;;
-    --preset | --device | --grid | --rate | --jobs) printf -v "${1#--}" %s "$2" ;;
+    --out | --preset | --device | --grid | --rate | --jobs | --wave) printf -v "${1#--}" %s "$2" ;;
     --data-dir) data_dir=$2 ;;
-    --wave) wave_only=$2 ;;
     --gpus) IFS=, read -ra gpus <<<"$2" ;;
     --partition | --account | --time | --gres) sbatch+=("$1=$2") ;;
     --sbatch) sbatch+=("$2") ;;
@@ -447,17 +428,16 @@ while (($#)); do
     esac
     shift 2
 done
-only=${only#,}
-[[ -z $jobs || $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: not a whole number"
-cores=$(nproc 2>/dev/null || echo 1)
+out=${out%/} cores=$(nproc 2>/dev/null || echo 1)
 if [[ -n $quick ]]; then
     datasets=(digits) levels=4 sharpness=100 R=0-1 extra=(--steps=200 "--milestones=100,150")
     : "${jobs:=$((cores < 2 ? 1 : 2))}"
 fi
+: "${jobs:=$((${#gpus[@]} ? ${#gpus[@]} : 1))}"
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: not a whole number"
+((jobs == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
 chosen=("${datasets[@]##*/}")
 ((${#datasets[@]})) || datasets=(cifar10 cifar100 cinic10)
-: "${jobs:=$((${#gpus[@]} ? ${#gpus[@]} : 1))}"
-((jobs == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
 
 if [[ -n $grid ]]; then
     [[ -r $grid ]] || fail "--grid $grid: no such file"
@@ -465,19 +445,25 @@ if [[ -n $grid ]]; then
     . "$grid"
 else
     for d in "${datasets[@]}"; do
-        case $d in digits | cifar10 | cifar100 | cinic10) grid_of "$d" "$d" ;; *)
+        case $d in
+        digits | cifar10 | cifar100 | cinic10) grid_of "$d" "$d" ;;
+        *)
             [[ -d $d ]] || fail "--dataset $d: neither digits, cifar10, cifar100, cinic10 nor a folder"
-            grid_of "$d" "${preset:-cifar10}" ;;
+            grid_of "$d" "$preset" ;;
         esac
     done
 fi
 select_tasks
 case $mode in
-list) list ;;
-cost) for i in "${!wanted[@]}"; do echo "${command[i]}"; done |
-    "$python" "$here/figures.py" --cost "--out=$out" ${rate:+"--rate=$rate"} ;;
-run | slurm)
+list)
+    commands
+    figures_line
+    [[ -n $wave && $wave != 4 ]] || echo "$text" ;;
+cost) commands | "$python" "$here/figures.py" --cost "--out=$out" ${rate:+"--rate=$rate"} ;;
+run)
     plan "${!wanted[@]}"
-    [[ $mode = slurm ]] || { run_here; exit; }
+    run_here ;;
+slurm)
+    plan "${!wanted[@]}"
     run_slurm ;;
 esac

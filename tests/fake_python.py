@@ -29,8 +29,9 @@ def main(words: list[str]) -> None:
         if "--plan" not in words:
             print("drawn", *words[1:])
         for line in sys.stdin if "--plan" in words else ():
-            folder, done, _ = read(shlex.split(line)[1:])
-            print("done" if done.exists() else "todo", 1, 1, folder, sep="\t")
+            folder, done, flags = read(shlex.split(line)[1:])
+            replicates = "/rep" + flags["--replicate"] if "--replicate" in flags else ""
+            print("done" if done.exists() else "todo", 1, 1, folder + replicates, sep="\t")
         return
     folder, done, flags = read(words)
     with open(Path(flags["--out"], "calls"), "a") as f:

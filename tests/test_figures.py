@@ -34,38 +34,37 @@ def points(*means: float, sd: float = 0.02, n: int = 4) -> dict[int, Stat]:
 # With sd = 0.02 and n = 4 on both sides the standard error of a difference is
 # sqrt(2 * 0.0004 / 4) = 0.01414.
 @pytest.mark.parametrize(
-    "a, b, expected",
+    "a, b, slack, expected",
     [
-        ([0.90, 0.90, 0.90], [0.89, 0.80, 0.899], "dominates"),
-        ([0.90, 0.90, 0.90], [0.80, 0.91, 0.80], "weakly dominates"),  # crosses by 0.010
-        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], "neither"),  # crosses by 0.020
-        ([0.90, 0.90, 0.90], [0.90, 0.80, 0.80], "weakly dominates"),  # a tie is not above
-        ([0.90, 0.91, 0.90], [0.91, 0.90, 0.90], "equal"),
-        ([0.90, 0.90, 0.90], [0.901, 0.901, 0.901], "equal"),  # never above, within the slack
-        ([0.80, 0.91, 0.80], [0.90, 0.90, 0.90], "is weakly dominated"),
-        ([0.89, 0.80, 0.899], [0.90, 0.90, 0.90], "is dominated"),
-        ([0.95, 0.80, 0.90], [0.90, 0.90, 0.90], "neither"),
+        ([0.90, 0.90, 0.90], [0.89, 0.80, 0.899], 1, "dominates"),
+        ([0.90, 0.90, 0.90], [0.80, 0.91, 0.80], 1, "weakly dominates"),  # crosses by 0.010
+        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], 1, "neither"),  # crosses by 0.020
+        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], 1.4, "neither"),  # which is 1.414 errors
+        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], 1.5, "weakly dominates"),
+        ([0.90, 0.90, 0.90], [0.80, 0.9001, 0.80], 0, "neither"),
+        ([0.90, 0.90, 0.90], [0.90, 0.80, 0.80], 1, "weakly dominates"),  # a tie is not above
+        ([0.90, 0.91, 0.90], [0.91, 0.90, 0.90], 1, "equal"),
+        ([0.90, 0.90, 0.90], [0.901, 0.901, 0.901], 1, "equal"),  # never above, within the slack
+        ([0.80, 0.91, 0.80], [0.90, 0.90, 0.90], 1, "is weakly dominated"),
+        ([0.89, 0.80, 0.899], [0.90, 0.90, 0.90], 1, "is dominated"),
+        ([0.95, 0.80, 0.90], [0.90, 0.90, 0.90], 1, "neither"),
     ],
 )
-def test_verdicts_worked_by_hand(a, b, expected):
-    assert figures.verdict(points(*a), points(*b), [0, 1, 2]) == expected
+def test_verdicts_worked_by_hand(a, b, slack, expected):
+    assert figures.verdict(points(*a), points(*b), [0, 1, 2], slack) == expected
 
 
-def test_verdict_depends_on_levels_and_slack():
+def test_verdict_over_some_levels():
     a, b = points(0.5, 0.9, 0.9, 0.1), points(0.9, 0.8, 0.8, 0.9)
     assert figures.verdict(a, b, [1, 2]) == "dominates"
     assert figures.verdict(a, b, [0, 1, 2, 3]) == "neither"
     assert figures.verdict(a, b, []) == "no common level"
-    a, b = points(0.90, 0.90), points(0.80, 0.92)  # 1.41 standard errors below at level 1
-    assert figures.verdict(a, b, [0, 1], slack=1.4) == "neither"
-    assert figures.verdict(a, b, [0, 1], slack=1.5) == "weakly dominates"
-    assert figures.verdict(a, points(0.8, 0.9001), [0, 1], slack=0) == "neither"
 
 
 def test_one_replicate_excuses_no_crossing():
     a, b = points(0.9, 0.900, n=1, sd=math.nan), points(0.8, 0.901)
     assert figures.verdict(a, b, [0, 1]) == "neither"
-    assert figures.verdict(points(0.9, 0.9), points(0.8, 0.901), [0, 1]) == "weakly dominates"
+    assert figures.verdict(points(0.9, 0.9), b, [0, 1]) == "weakly dominates"
 
 
 def curve(subset: str, rewind: int, *means: float) -> figures.Curve:
@@ -161,15 +160,20 @@ class Folders:
         depth, self.levels = SHAPES[data]
         self.model = f"{data}-resnet{depth}"
 
-    def put(self, stage: str, name: str, replicate: int, result: dict, arrays: dict, **settings):
-        folder = self.out / stage / self.model / name / f"rep{replicate}"
+    def name(self, settings: dict) -> str:
+        """easy3200-rewind200-controlreinit"""
+        words = settings.get("subset", "all"), settings.get("size", "")
+        more = [f"-{k}{v}" for k, v in settings.items() if k not in ("subset", "size")]
+        return "".join(map(str, [*words, *more]))
+
+    def put(self, stage: str, replicate: int, result: dict, arrays: dict, **settings) -> Path:
+        folder = self.out / stage / self.model / self.name(settings) / f"rep{replicate}"
         folder.mkdir(parents=True)
         usual = {"dataset": self.data, "data": "pixels", "subset": "all", "label_noise": 0.0}
         usual |= {"steps": 62400, "replicate": replicate, "scores": None}
         config = {"run": "1", "settings": usual | settings, "environments": []}
         runs.write_json(folder / "config.json", config)
-        if result:
-            runs.write_json(folder / "result.json", {"config": config, "ended": None, **result})
+        runs.write_json(folder / "result.json", {"config": config, "ended": None, **result})
         for file, array in arrays.items():
             np.save(folder / file, array)
         return folder
@@ -183,83 +187,78 @@ class Folders:
         runs.write_json(folder / "scores.json", about)
         return key
 
-    def imp(self, name: str, reps: int = 2, **settings):
-        for k in range(reps):
+    def imp(self, **settings):
+        for k in range(2):
             rows = [
                 {"level": i, "weights_remaining": 0.8**i, "seconds": 4.0, "steps_per_second": 9.0,
                  "test_accuracy": 0.91 - 0.004 * i + 0.01 * self.draw.random()}
                 for i in range(self.levels + 1)
             ]  # fmt: skip
-            pretrain = {"fingerprint": f"{name}-{k}", "test_accuracy": 0.4}
-            folder = self.put(
-                "imp", name, k, {"pretrain": pretrain, "levels": rows}, {}, **settings
-            )
+            start = {"fingerprint": f"{self.name(settings)}-{k}", "test_accuracy": 0.4}
+            folder = self.put("imp", k, {"pretrain": start, "levels": rows}, {}, **settings)
             for i in (0, 6) if k == 0 and settings["rewind"] else ():
                 error = common.torch.from_numpy(self.draw.random(EXAMPLES))
                 runs.write_tensors(folder / f"level{i:02d}.pt", {"projected_error": error})
 
-    def lmc(self, name: str, **settings):
+    def lmc(self, **settings):
         for k in range(2):
-            pretrain = {"fingerprint": f"{name}-{k}", "test_accuracy": self.draw.random()}
+            start = {"fingerprint": f"{self.name(settings)}-{k}", "test_accuracy": 0.4 + 0.1 * k}
             numbers = {"loss_barrier": self.draw.random(), "error_barrier": 0.1, "connected": False}
             pairs = {"loss_barrier_pairs.npy": self.draw.normal(0, 2, (3, EXAMPLES))}
-            self.put("lmc", name, k, {"pretrain": pretrain, **numbers}, pairs, **settings)
+            self.put("lmc", k, {"pretrain": start, **numbers}, pairs, **settings)
 
-    def pretrain(self, name: str, **settings):
+    def pretrain(self, **settings):
         for k in range(2):
             each = self.draw.random((3, 16))
             arrays = {"gradient_norm.npy": self.draw.random(200), "coherence.npy": each}
-            folder = self.put("pretrain", name, k, {"pretrain": {}}, arrays, **settings)
+            folder = self.put("pretrain", k, {"pretrain": {}}, arrays, **settings)
             names = "phase,step,test_accuracy,train_accuracy,easy_accuracy,coherence\n"
-            rows = [f"pretrain,{10 * i},0.3,0.3,0.{i},{x.mean()}\n" for i, x in enumerate(each)]
+            rows = [f"pretrain,{10 * i},0.{k},0.3,0.{i},{x.mean()}\n" for i, x in enumerate(each)]
             (folder / "log.csv").write_text(names + "".join(rows))
 
-    def warmup(self, name: str, **settings):
+    def warmup(self, **settings):
         for k in range(2):
             tops = [{"step": s, "eigenvalue": 1 + self.draw.random()} for s in (0, 196, 392)]
             result = {"test_accuracy": 0.9 + 0.01 * self.draw.random(), "outcome": "trained"}
-            self.put("warmup", name, k, result | {"sharpness": tops}, {}, **settings)
+            self.put("warmup", k, result | {"sharpness": tops}, {}, **settings)
 
 
 def build(out: Path, data: str) -> None:
     """What the paper's panels of a data set need."""
-    f = Folders(out, data)
-    preset = common.PRESETS[data]
-    size, t = preset.size, preset.rewind
+    f, preset = Folders(out, data), common.PRESETS[data]
+    size, t, cinic = preset.size, preset.rewind, data == "cinic10"
     f.scores("el2n", "el2n", metric="el2n", score_step=preset.score_step)
+    by = {x: f.scores("lmc", f"all-rewind{x}", metric="lmc", rewind=x) for x in (800, 1600)}
+    forgetting = f.scores("el2n", "forgetting", metric="forgetting", score_step=preset.steps)
     sizes = {"cifar10": (512, 3200, 6400), "cifar100": (512, 2048, 3200)}
     sizes["cinic10"] = 12800, 25600, 51200
-    for at in sorted({0, t, 2 * t, 200 if data == "cinic10" else 0}):
-        f.imp(f"all-rewind{at}", rewind=at)
-        f.lmc(f"all-rewind{at}", rewind=at)
-    f.scores("lmc", f"all-rewind{2 * t}", metric="lmc", rewind=2 * t)
+    for at in sorted({0, t, 2 * t} | ({200} if cinic else set())):
+        f.imp(rewind=at)
+        f.lmc(rewind=at)
     for m, s in itertools.product(sizes[data], figures.SUBSETS[1:]):
-        for at in {t, 200} if data == "cinic10" else {t}:
-            f.imp(f"{s}{m}-rewind{at}", subset=s, size=m, rewind=at)
-            f.lmc(f"{s}{m}-rewind{at}", subset=s, size=m, rewind=at)
+        for at in {t, 200} if cinic else {t}:
+            f.imp(subset=s, size=m, rewind=at)
+            f.lmc(subset=s, size=m, rewind=at)
     easy = {"subset": "easy", "size": size, "rewind": t}
-    by_lmc = f"{data}-all-rewind{2 * t}"
-    f.imp(f"easy{size}-lmc{2 * t}-rewind{t}", **easy, scores=by_lmc)
     for control in ("reinit", "shuffle", "one-shot"):
-        f.imp(f"easy{size}-rewind{t}-{control}", **easy, control=control)
-    forgetting = f.scores("el2n", "forgetting", metric="forgetting", score_step=preset.steps)
-    f.imp(f"easy{size}balanced-forgetting-rewind{t}", **easy, balance=True, scores=forgetting)
-    f.imp(f"easy{size}balanced-rewind{t}", **easy, balance=True)
-    for m, noise in itertools.product(sizes[data][:2], (0.1, 0.5)):
-        for s in ("all", "easy", "random"):
-            more = {"subset": s, "size": m} if s != "all" else {}
-            if s != "all" or m == sizes[data][0]:
-                f.imp(f"{s}{m}-rewind{t}-noise{noise}", **more, rewind=t, label_noise=noise)
-    f.pretrain("all-rewind1600", rewind=1600)
-    f.pretrain(f"easy{size}-rewind1600", subset="easy", size=size, rewind=1600)
-    f.warmup("all-warmup0", warmup=0)
+        f.imp(**easy, control=control)
+    for scores in by.values():
+        f.imp(**easy, scores=scores)
+    f.imp(**easy, balance=True, scores=forgetting)
+    f.imp(**easy, balance=True)
+    for noise in (0.1, 0.5):
+        f.imp(rewind=t, label_noise=noise)
+        for m, s in itertools.product(sizes[data][:2], ("easy", "random")):
+            f.imp(subset=s, size=m, rewind=t, label_noise=noise)
+    f.pretrain(rewind=1600, easy_size=size, easy_balance=True)
+    f.pretrain(subset="easy", size=size, rewind=1600, balance=True)
+    f.warmup(warmup=0)
     for at in (100, 400, 1600):
-        f.warmup(f"all-warmup{at}", warmup=at)
+        f.warmup(warmup=at)
         for m, s in itertools.product((5120, 10240), figures.SUBSETS[1:]):
-            f.warmup(f"{s}{m}-warmup{at}", subset=s, size=m, warmup=at)
-        window = {"subset": "easy", "size": 10240, "warmup": at}
-        f.warmup(f"easy10240balanced-warmup{at}", balance=True, **window)
-        f.warmup(f"easy10240+25000-warmup{at}", offset=25000, **window)
+            f.warmup(subset=s, size=m, warmup=at)
+        for more in ({"balance": True}, {"offset": 25000}):
+            f.warmup(subset="easy", size=10240, warmup=at, **more)
 
 
 @pytest.fixture(scope="module")
@@ -277,8 +276,8 @@ def results(tmp_path_factory) -> Path:
 def small(tmp_path) -> tuple[Path, Folders]:
     """Two configurations of CIFAR-10, for writing."""
     f = Folders(tmp_path / "results", "cifar10")
-    f.imp("all-rewind0", rewind=0)
-    f.imp("easy3200-rewind200", subset="easy", size=3200, rewind=200)
+    f.imp(rewind=0)
+    f.imp(subset="easy", size=3200, rewind=200)
     return f.out, f
 
 
@@ -291,14 +290,16 @@ def read(out: Path) -> figures.Results:
     return figures.Results(figures.read_runs(out), figures.read_metrics(out))
 
 
+@functools.cache
 def drawn(results: Path, figure: str) -> dict[str, list]:
     """The axes of each picture by data set, not saved."""
-    r = read(results)
-    return {name.split("-")[0]: p.axes for name, p in figures.FIGURES[figure][1](r)}
+    axes = {name.split("-")[0]: p.axes for name, p in figures.drawn(read(results), figure)}
+    figures.plt.close("all")
+    return axes
 
 
 def titles(axes: list) -> list[str]:
-    return [ax.get_title() for ax in axes if ax.axison]
+    return [ax.get_title() for ax in axes]
 
 
 def labels(ax) -> list[str]:
@@ -310,9 +311,7 @@ def labels(ax) -> list[str]:
 def test_every_figure_is_drawn_for_three_data_sets(results, figure):
     pictures = drawn(results, figure)
     assert set(pictures) == set(SHAPES)
-    for axes in pictures.values():
-        assert all(ax.has_data() for ax in axes if ax.axison)
-    figures.plt.close("all")
+    assert all(ax.has_data() for axes in pictures.values() for ax in axes)
 
 
 def test_panels_as_in_the_paper(results):
@@ -338,12 +337,21 @@ def test_panels_as_in_the_paper(results):
     nine = drawn(results, "fig9")["cinic10"]
     runs_ = ["all, step 400", "all, step 800", "easy 51200, step 400"]
     assert labels(nine[0]) == labels(nine[1]) == [f"{x}, replicate 0" for x in runs_]
+    seven = drawn(results, "fig7")["cifar100"]
+    assert titles(seven)[2] == "accuracy on the easiest 2048, class by class"
+    both = ["all, step 1600", "easy 2048 balanced, step 1600"]
+    assert len(seven) == 4 and labels(seven[2]) == both
+    *_, ten = drawn(results, "fig10")["cinic10"]
+    order = [x.split(",")[0] for x in labels(ten) if x.startswith(("random", "easy"))]
+    kinds = ("", " balanced", " lmc 800", " lmc 1600")
+    assert order == ["random 51200", *(f"easy 51200{x}" for x in kinds)]
+    lmc = [x for x in ten.lines if " lmc " in x.get_label()]
+    assert len({str(x.get_color()) for x in lmc}) == 2
     for figure, data, by in (("fig10", "cinic10", "lmc 800"), ("fig12", "cifar10", "forgetting")):
-        [_, *panels] = drawn(results, figure)[data]
-        assert {x.split(",")[0].partition(" ")[0] for x in labels(panels[0])} >= {"easy", "random"}
-        assert any(by in x for x in labels(panels[0]))
-        assert any("balanced, step" in x and by not in x for x in labels(panels[0]))
-    figures.plt.close("all")
+        shown = labels(drawn(results, figure)[data][-1])
+        assert {x.split(",")[0].partition(" ")[0] for x in shown} >= {"easy", "random"}
+        assert any(by in x for x in shown)
+        assert any("balanced, step" in x and by not in x for x in shown)
 
 
 def raw(folder: Path, level: int) -> list[float]:
@@ -356,13 +364,12 @@ def test_the_dense_line_is_the_papers_choice(results):
         ("fig2", "cifar10", "all-rewind400"),
         ("fig2", "cinic10", "all-rewind400"),
         ("fig2", "cifar100", "all-rewind800"),
-        ("fig4", "cifar10", "all512-rewind200-noise0.1"),
+        ("fig4", "cifar10", "all-rewind200-label_noise0.1"),
     ):
         [ax, *_] = drawn(results, figure)[data]
         [dense] = [x for x in ax.lines if x.get_label() == "dense"]
         [path] = results.glob(f"imp/{data}-*/{folder}")
         assert dense.get_ydata()[0] == pytest.approx(np.mean(raw(path, 0)))
-    figures.plt.close("all")
 
 
 def test_controls_stand_beside_the_ticket(results):
@@ -377,16 +384,15 @@ def test_controls_stand_beside_the_ticket(results):
     rows = dict(figures.tables(r, (), 1.0))["verdicts-cifar10-resnet20"]
     pairs = {(x["A"], x["B"]) for x in rows}
     assert (f"{ticket} (n=2)", f"{ticket}, reinit (n=2)") in pairs
-    figures.plt.close("all")
 
 
 def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_both(small):
     """The paper's easy CIFAR-10 subsets were balanced. A control of another step is not drawn."""
     out, f = small
-    f.imp("easy6400-rewind200", subset="easy", size=6400, rewind=200)
+    f.imp(subset="easy", size=6400, rewind=200)
     for size in (3200, 6400):
-        f.imp(f"easy{size}balanced-rewind200", subset="easy", size=size, rewind=200, balance=True)
-    f.imp("easy3200-rewind400-reinit", subset="easy", size=3200, rewind=400, control="reinit")
+        f.imp(subset="easy", size=size, rewind=200, balance=True)
+    f.imp(subset="easy", size=3200, rewind=400, control="reinit")
     [ax] = drawn(out, "fig2")["cifar10"]
     assert "easy 3200 balanced, step 200" in labels(ax)
     assert "easy 3200, step 400, reinit" not in labels(ax)
@@ -396,7 +402,6 @@ def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_both(small):
     published = figures.paper_curves("cifar10")["easy", 3200, 200, 0.0, "el2n", ""].points[5].mean
     same = [x for x in rows if x["configuration"].startswith("easy 3200") and x["level"] == 5]
     assert [x["paper"] for x in same if "balanced" in x["configuration"]] == [published]
-    figures.plt.close("all")
 
 
 def test_the_coherence_band_is_over_batches_and_replicates(results):
@@ -406,20 +411,23 @@ def test_the_coherence_band_is_over_batches_and_replicates(results):
     [line] = [x for x in ax.lines if x.get_label().startswith("all")]
     assert line.get_ydata()[1] == pytest.approx(pooled.mean())
     r = read(results)
-    [curves] = [cs for n, cs, _ in r.pictures("pretrain") if n.startswith("cifar100")]
-    stat = figures.tracked(curves[0], "coherence")[10]
+    [curve] = [p.curves[0] for p in r.pictures("pretrain") if p.paper == "cifar100"]
+    stat = figures.tracked(curve, "coherence")[10]
     assert stat.sd == pytest.approx(pooled.std(ddof=1)) and stat.n == 32
-    figures.plt.close("all")
 
 
 def test_final_accuracy_of_this_model_alone(small):
     """A run of four levels on other data does not lower the level of CIFAR-10."""
     out, f = small
-    f.lmc("easy3200-rewind200", subset="easy", size=3200, rewind=200)
-    f.put("lmc", "between-a-b", 0, {"loss_barrier": 1.0}, {})  # of any two networks: no w_tr
+    f.lmc(subset="easy", size=3200, rewind=200)
+    f.put("lmc", 0, {"loss_barrier": 1.0}, {}, between=["a", "b"])  # no w_tr
     SHAPES["digits"] = (8, 4)
-    Folders(out, "digits").imp("all-rewind0", rewind=0)
+    other = Folders(out, "digits")
     del SHAPES["digits"]
+    other.imp(rewind=0)
+    for settings in ({"rewind": 0}, {"subset": "random", "size": 256, "rewind": 20}):
+        other.lmc(**settings)
+    assert titles(drawn(out, "fig5")["digits"])[3] == "random 256, 20 steps"
     r = figures.Results(figures.read_runs(out), {})
     rows = dict(figures.tables(r, (), 1.0))["lmc-cifar10-resnet20"]
     assert [x["level"] for x in rows] == [7, 7]
@@ -444,9 +452,9 @@ def test_pictures_and_tables_are_written(small, capsys):
     assert float(row["ours"]) == pytest.approx(np.mean(accuracy), abs=1e-5)
     assert float(row["sd"]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-5)
     assert row["paper"] == "0.91535" and row["paper_n"] == "4"
-    theirs = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
+    published = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
     ours = (float(row["ours"]), float(row["sd"]), 2)
-    p = stats.ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue
+    p = stats.ttest_ind_from_stats(*ours, *published, equal_var=False).pvalue
     assert float(row["welch_p"]) == pytest.approx(p, rel=1e-2)
     assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
 
@@ -457,7 +465,7 @@ def test_a_run_in_progress_counts_and_is_marked(small):
     (folder / "result.json").unlink()
     names = "phase,step,level,test_accuracy,weights_remaining,seconds,steps_per_second"
     (folder / "log.csv").write_text(f"{names}\nlevel00,62400,0,0.9,1,4,9\n")
-    [[_, curve]] = [cs for _, cs in figures.pictures(figures.read_runs(out), "imp", {})]
+    [[_, curve]] = [p.curves for p in read(out).pictures("imp")]
     assert [p.n for p in curve.points.values()] == [2] + 20 * [1]
     assert curve.legend == "easy 3200, step 200 (n=1-2)*"
 
@@ -478,8 +486,8 @@ def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
 
 def test_other_settings_are_another_picture(small):
     out, f = small
-    f.imp("all-rewind0-steps40", rewind=0, steps=40)
-    names = {name for name, _ in figures.pictures(figures.read_runs(out), "imp", {})}
+    f.imp(rewind=0, steps=40)
+    names = {p.name for p in read(out).pictures("imp")}
     assert names == {"cifar10-resnet20-steps40", "cifar10-resnet20-steps62400"}
 
 
@@ -504,91 +512,91 @@ def test_examples_of_the_digits(tmp_path):
     about = {"metric": "el2n", "score_step": 60, "sha256_of_scores": "x", "label_noise": [0, 0]}
     runs.write_json(folder / "scores.json", {**about, "data": data.fingerprint})
     r = figures.Results([], figures.read_metrics(tmp_path), None, common.HERE / "data")
-    (_, images), (_, box) = figures.examples(r)
-    labels_, first = data.train_labels.numpy(), images.axes[0].get_images()[0].get_array()
+    [(_, picture)] = figures.examples(r)
+    labels_, tiles = data.train_labels.numpy(), picture.axes[0].get_images()[0].get_array()
     k = min(range(10), key=lambda k: np.median(np.flatnonzero(labels_ == k)))  # the easiest class
     easiest = np.flatnonzero(labels_ == k)[0]
-    assert (first == data.train_images[easiest].numpy().squeeze()).all()
-    assert len(box.axes[0].get_xticklabels()) == 10
-    figures.plt.close("all")
+    assert (tiles[:8, :8] == data.train_images[easiest].numpy().squeeze()).all()
+    assert len(tiles) == 10 * 9 and len(picture.axes[0].get_yticklabels()) == 10
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
 
-PLANNER = """#!/usr/bin/env bash
-while read -r line; do printf 'todo\\t1\\t1\\timp/x/%s\\n' "$((n++))"; done
-"""
-
-
-def test_every_remedy_is_a_command_that_can_make_it(tmp_path):
-    """Of results/ with nothing in it: run_all.sh has runs for it, and stages accept the rest. The
-    folders of the commands, which take long to plan, are made up."""
-    (tmp_path / "planner").write_text(PLANNER)
-    (tmp_path / "planner").chmod(0o755)
-    environment = os.environ | {"PYTHON": str(tmp_path / "planner")}
-    drawn = {figure: [] for figure in figures.FIGURES}
-    lines = figures.missing(figures.Results([], {}), drawn, [*figures.ALL], False)
+def test_every_remedy_is_a_command_that_can_make_it():
+    """Of results/ with nothing in it: run_all.sh has runs for it, and stages accept the rest."""
+    environment = os.environ | {"PYTHON": str(common.HERE / "tests/fake_python.py")}
+    shown = {figure: [] for figure in figures.FIGURES}
+    lines = figures.missing(figures.Results([], {}), shown, [*figures.ALL], False)
     lines += figures.missing(figures.Results([], {}), {}, [], True)
     assert len(lines) > 40
-    processes = []
     for _, words in lines:
         if words[0] == "bash":
-            command = [*words, "--list"]
-            pipes = {"stdout": subprocess.PIPE, "cwd": common.HERE, "env": environment}
-            processes.append((words, subprocess.Popen(command, text=True, **pipes)))
+            where = {"env": environment, "cwd": common.HERE}
+            done = subprocess.run([*words, "--list"], **where, capture_output=True, text=True)
+            stage = figures.FIGURES[words[3]].stage if words[3] in figures.FIGURES else "imp"
+            assert done.returncode == 0 and f"{stage}.py" in done.stdout, shlex.join(words)
         else:
-            module = __import__(Path(words[1]).stem)
-            assert module.flags().parse_args(words[2:])
-    bad = []
-    for words, process in processes:
-        listed = process.communicate()[0]
-        stage = figures.FIGURES.get(words[3], ("imp",))[0]
-        bad += [shlex.join(words)] * bool(process.returncode or f"{stage}.py" not in listed)
-    assert not bad
+            assert __import__(Path(words[1]).stem).flags().parse_args(words[2:])
 
 
-LINES = """/opt/python /here/imp.py --dataset=cifar10 --subset=easy --replicate=0-3 --out='a b'
-python imp.py --replicate 0 --out 'a b'
-
-python el2n.py --dataset=cinic10 --out 'a b'
-python figures.py --out 'a b'
-"""
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    import el2n
-    import imp
-
-    def plan(args):
-        folder = args.out / f"imp/{args.dataset}-resnet20/easy"
-        return [(folder / f"rep{k}", 3600_000, k < 2) for k in args.replicate]
-
-    scores = [(Path("a b/el2n/cinic10-resnet56/el2n"), 7200_000, True)]
-    monkeypatch.setattr(imp, "plan", plan, raising=False)
-    monkeypatch.setattr(el2n, "plan", lambda args: scores, raising=False)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(LINES))
-
-
-def test_plan_of_commands(plans, capsys):
+def planned(monkeypatch, capsys, out: Path, *commands: str) -> list[list[str]]:
+    text = "".join(f"python {x} --out {shlex.quote(str(out))}\n" for x in commands)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     call("--plan")
-    assert capsys.readouterr().out.splitlines() == [
-        "todo\t14400000\t4\timp/cifar10-resnet20/easy",
-        "done\t3600000\t1\timp/digits-resnet20/easy",
-        "done\t7200000\t1\tel2n/cinic10-resnet56/el2n",
-    ]
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
 
 
-def test_cost_of_commands(plans, small, capsys):
+def test_a_plan_names_runs_as_the_runs_do(tmp_path, monkeypatch, capsys):
+    """By scores that are not made yet as by those that are, and each folder of a command."""
+    scores = [tmp_path / f"lmc/digits-resnet8/all-rewind{t}/scores.npy" for t in (20, 40)]
+    scores.append(tmp_path / "el2n/digits-resnet8/forgetting/scores.npy")
+    easy = "imp.py --subset easy --size 256 --rewind 20 --scores"
+    commands = [f"{easy} {shlex.quote(str(path))}" for path in scores]
+    before = planned(monkeypatch, capsys, tmp_path, *commands)
+    names = [f"easy256-{x}-rewind20" for x in ("lmc20", "lmc40", "forgetting")]
+    assert [row[3] for row in before] == [f"imp/digits-resnet8/{x}/rep0" for x in names]
+    for path, about in zip(scores, ({"rewind": 20}, {"rewind": 40}, {}), strict=True):
+        path.parent.mkdir(parents=True)
+        metric = "lmc" if about else "forgetting"
+        runs.write_json(path.with_suffix(".json"), {"metric": metric, **about})
+    assert planned(monkeypatch, capsys, tmp_path, *commands) == before
+    lmc = "lmc.py --subset all --rewind 0,20 --replicate 0-1,3"
+    [row] = planned(monkeypatch, capsys, tmp_path, lmc)
+    places = [f"lmc/digits-resnet8/all-rewind{t}/rep0-1,3" for t in (0, 20)]
+    assert row == ["todo", str(6 * 3 * 600 + 3 * (20 - 60)), "6", *places]
+
+
+def test_a_plan_of_barriers_between_networks(stage, tmp_path, monkeypatch, capsys):
+    common.torch.manual_seed(0)
+    files = [tmp_path / f"{x}.pt" for x in "ab"]
+    for path in files:
+        common.torch.save(common.ResNet(8, 4, 1, 10).state_dict(), path)
+    words = ["--width", 4, "--between", *files]
+    line = f"lmc.py {shlex.join(map(str, words))}"
+    [before] = planned(monkeypatch, capsys, tmp_path / "results", line)
+    stage("lmc", *words)
+    [folder] = (tmp_path / "results").glob("lmc/*/*/rep0")
+    capsys.readouterr()
+    place = str(folder.relative_to(tmp_path / "results"))
+    assert before == ["todo", "0", "1", place]
+    assert planned(monkeypatch, capsys, tmp_path / "results", line) == [["done", *before[1:]]]
+
+
+def test_cost_of_commands(small, monkeypatch, capsys):
     """CIFAR-10 is measured at 18 steps/s; ResNet-56 on 256 images is 6 times ResNet-20 on 128."""
+    lines = ["/opt/python /here/imp.py --dataset=cifar10 --replicate=0-3 --out='a b'", ""]
+    lines += ["python imp.py --replicate 0", "python el2n.py --dataset=cinic10", "figures.py"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     call("--cost", "--rate", "12", "--out", small[0])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[1] == ["imp/cifar10-resnet20", "1", "4", "14400000", "222.2"]
-    assert rows[2] == ["imp/digits-resnet20", "1", "1", "3600000", "-"]
-    assert rows[3] == ["el2n/cinic10-resnet56", "1", "1", "7200000", "1000.0"]
-    assert rows[4] == ["all", "3", "6", "25200000", "-"] and "give --rate" in " ".join(rows[5])
-    sys.stdin = io.StringIO("echo hello\n")
+    steps = 4 * (200 + 21 * 62200), 20 + 9 * 580, 10 * 8000
+    hours = f"{steps[0] / 18 / 3600:.1f}", "-", f"{steps[2] / 2 / 3600:.1f}"
+    assert rows[1] == ["imp/cifar10-resnet20", "1", "4", str(steps[0]), hours[0]]
+    assert rows[2] == ["imp/digits-resnet8", "1", "1", str(steps[1]), hours[1]]
+    assert rows[3] == ["el2n/cinic10-resnet56", "1", "1", str(steps[2]), hours[2]]
+    assert rows[4] == ["all", "3", "6", str(sum(steps)), "-"] and "--rate" in rows[5]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("echo hello\n"))
     with pytest.raises(runs.UserError, match="not a command of a stage: echo hello"):
         call("--plan")
 
@@ -600,6 +608,3 @@ def test_nothing_is_drawn_from_nothing(tmp_path, capsys):
         call("fig2", "--out", tmp_path, "--dataset", "cifar10")
     with pytest.raises(runs.UserError, match="fig99"):
         call("fig99", "--out", tmp_path)
-    command = [sys.executable, figures.__file__, "fig2", "--out", tmp_path / "none"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr

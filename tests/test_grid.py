@@ -6,6 +6,7 @@ figures.py) and from paper/*.csv. A line: stage, subset, sizes, @ steps, and wha
 
 import argparse
 import csv
+import functools
 import importlib
 import itertools
 import os
@@ -163,6 +164,7 @@ def expand(lines: list[str]) -> set[Command]:
     return found
 
 
+@functools.cache
 def run(*args: str) -> subprocess.CompletedProcess:
     command = ["bash", ROOT / "run_all.sh", "--list", *args]
     env = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
@@ -196,6 +198,7 @@ def read(line: str) -> tuple[str, Command, str]:
     return flags["dataset"], command, flags.get("replicate", "")
 
 
+@functools.cache
 def commands(*args: str) -> list[tuple[str, Command, str]]:
     done = run(*args)
     assert done.returncode == 0, done.stderr
@@ -297,13 +300,6 @@ def test_every_flag_exists():
     assert {a.replicate for s, a in quick if s != "el2n"} == {(0, 1)}
     for figure in FIGURES:
         assert len(run("--quick", "--only", figure).stdout.splitlines()) > 2, figure
-
-
-def test_figure_7_watches_the_examples_it_trains_on():
-    everything, easy = (
-        a for s, a in stages("--only", "fig7", "--dataset", "cifar100") if s == "pretrain"
-    )
-    assert (everything.easy_size, everything.easy_balance) == (easy.size, easy.balance)
 
 
 def test_waves():
