@@ -25,8 +25,10 @@ set -uf -o pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 out=results data_dir=data mode=run only='' wave='' datasets=() preset=cifar10 quick='' spread=''
 grid='' jobs='' gpus=() device='' rate='' sbatch=() extra=() levels='' sharpness=''
-python=${PYTHON:-$(command -v python || command -v python3)}
 if [[ $here = "$PWD" ]]; then beside=''; else beside=$here/; fi
+for python in "${PYTHON-}" "${VIRTUAL_ENV:-$beside.venv}/bin/python" python python3; do
+    python=$(command -v "$python") && break
+done
 
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
 
