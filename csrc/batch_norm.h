@@ -6,41 +6,43 @@
 // up over the chunks in double and in order: the same bits for any number of threads.
 #pragma once
 #include <algorithm>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "math.h"
 
 namespace datadiet {
 
-HD float value(float x) { return x; }
-HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-
-// ---- arithmetic; V is a float, or a vector of floats --------------------------------------------
+// ---- arithmetic; V is a float, or a block of floats ---------------------------------------------
 
 template <class V>
-HD V batch_norm(V x, V mean, V scale, V bias) {
-  return (x - mean) * scale + bias;
+struct Channel {  // what a value needs of its channel; the last two in the backward pass
+  V mean, scale, bias, offset, slope;
+};
+
+template <class V>
+HD V batch_norm(V x, const Channel<V>& c) {
+  return (x - c.mean) * c.scale + c.bias;
 }
 
 template <class V>
-HD V relu(V x) {  // a NaN stays one
-  return x <= 0.0f ? V{} : x;
+HD V input_gradient(V gradient, V x, const Channel<V>& c) {
+  return (gradient - c.offset - (x - c.mean) * c.slope) * c.scale;
 }
 
+// ReLU (y is x), and its gradient x from its input or output y. `limit` is 0, or NaN for no ReLU:
+// nothing compares with that. A NaN in y lets x pass.
 template <class V>
-HD V masked(V gradient, V y) {  // the gradient of relu, from its input or its output
-  return y <= 0.0f ? V{} : gradient;
-}
-
-template <class V>
-HD V input_gradient(V gradient, V x, V mean, V scale, V offset, V slope) {
-  return (gradient - offset - (x - mean) * slope) * scale;
+HD V relu(V x, V y, float limit) {
+  return y <= limit ? V{} : x;
 }
 
 // Forward the sums of x and x^2; backward of g and g (x - mean). In double, where a mean 10,000
 // times the deviation still costs the variance no more than float32's rounding.
 struct Sums {
   double first, second;
+  HD void add(Sums more) { first += more.first, second += more.second; }
 };
 
 // Of `n` values x, from e = sum(x - shift) and q = sum((x - shift)^2).
@@ -48,13 +50,8 @@ HD Sums moments(double n, double shift, double e, double q) {
   return {n * shift + e, q + shift * (2 * e + n * shift)};
 }
 
-constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to add up
-
-struct Channel {  // what the second pass needs of a channel
-  float mean, scale, bias;
-};
-
 struct BatchNorm {
+  static constexpr int AHEAD = 8;  // pixels that a thread of a card reads at once
   const void *x, *residual;  // residual or null
   void* y;
   bool half;
@@ -64,12 +61,13 @@ struct BatchNorm {
   Sums* partial;  // (PARTS, channels), on a card
   int64_t pixels, channels;
   double momentum, eps;
-  bool relu;
+  float limit;
 };
 
 // y is given where a residual was added before ReLU, and dresidual with it: the first pass writes
 // there the masked gradient, the second reads it. Else the mask is computed again from x.
 struct BatchNormBackward {
+  static constexpr int AHEAD = 4;  // of twice as much
   const void *dy, *x, *y;
   void *dx, *dresidual;
   bool half;
@@ -77,10 +75,16 @@ struct BatchNormBackward {
   float *dweight, *dbias;
   Sums* partial;
   int64_t pixels, channels;
-  bool relu;
+  float limit;
 };
 
-HD Channel finish(const BatchNorm& a, int64_t c, Sums sums, bool writes) {
+HD Channel<float> start(const BatchNormBackward& a, int64_t c) {
+  return {a.mean[c], float(a.weight[c] * double(a.rstd[c])), a.bias[c], 0, 0};
+}
+
+HD Channel<float> start(const BatchNorm&, int64_t) { return {}; }  // needs the sums first
+
+HD Channel<float> finish(const BatchNorm& a, int64_t c, Sums sums, bool writes) {
   using std::sqrt;
   const double n = double(a.pixels), mean = sums.first / n;
   const double spread = sums.second / n - mean * mean, variance = spread < 0 ? 0 : spread;
@@ -94,316 +98,240 @@ HD Channel finish(const BatchNorm& a, int64_t c, Sums sums, bool writes) {
       a.running_var[c] = float((1 - a.momentum) * a.running_var[c] + a.momentum * unbiased);
     }
   }
-  return {float(mean), float(a.weight[c] * double(float(rstd))), a.bias[c]};
+  return {float(mean), float(a.weight[c] * double(float(rstd))), a.bias[c], 0, 0};
 }
 
-struct Slope {
-  float offset, slope;
-};
-
-HD Channel channel_of(const BatchNormBackward& a, int64_t c) {
-  return {a.mean[c], float(a.weight[c] * double(a.rstd[c])), a.bias[c]};
-}
-
-HD Slope finish(const BatchNormBackward& a, int64_t c, Sums sums, bool writes) {
+HD Channel<float> finish(const BatchNormBackward& a, int64_t c, Sums sums, bool writes) {
   const double n = double(a.pixels), rstd = a.rstd[c];
   if (writes) {
     a.dweight[c] = float(sums.second * rstd);
     a.dbias[c] = float(sums.first);
   }
-  return {float(sums.first / n), float(sums.second * rstd * rstd / n)};
+  auto channel = start(a, c);
+  channel.offset = float(sums.first / n);
+  channel.slope = float(sums.second * rstd * rstd / n);
+  return channel;
 }
 
 // Each returns null, or why the launch failed.
 const char* launch(const BatchNorm&, void* stream);
 const char* launch(const BatchNormBackward&, void* stream);
 
-#ifndef __CUDACC__
+constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to add up
 
 // ---- loops for the CPU --------------------------------------------------------------------------
 //
-// Memory is flat with the channels as its period. Where they divide 64 a row of 64 values has fixed
-// parameters in four vectors (K = 4); else a row is as many whole pixels as fit into 64 (K = 0).
+// Memory is flat with the channels as its period. A row of it is whole pixels and whole blocks of
+// 64 lanes, so a lane keeps its channel, and a block its parameters in registers; what is left
+// after the last full row goes one by one.
+
+#ifndef __CUDACC__
 
 typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words16 __attribute__((vector_size(64)));
-typedef uint16_t Halves16 __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
 
-HD Lanes lanes_at(const float* p) {
-  Lanes x;
-  memcpy(&x, p, sizeof x);
-  return x;
+HD void load(float& x, const float* p) { x = *p; }
+HD void load(float& x, const bf16* p) { x = value(*p); }
+HD void load(Lanes& x, const float* p) { memcpy(&x, p, sizeof x); }
+HD void load(Lanes& x, const bf16* p) {
+  Halves halves;
+  memcpy(&halves, p, sizeof halves);
+  x = Lanes(__builtin_convertvector(halves, Words) << 16);
 }
-HD Lanes lanes_at(const bf16* p) {
-  Halves16 x;
-  memcpy(&x, p, sizeof x);
-  return Lanes(__builtin_convertvector(x, Words16) << 16);
+
+template <class T>
+HD void store(T* p, float x) {
+  put(*p, x);
 }
-HD void put_lanes(float* p, Lanes x) { memcpy(p, &x, sizeof x); }
-HD void put_lanes(bf16* p, Lanes x) {
-  const Words16 bits = Words16(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const auto halves = __builtin_convertvector(x != x ? Words16{} + 0x7fc0u : rounded, Halves16);
+HD void store(float* p, Lanes x) { memcpy(p, &x, sizeof x); }
+HD void store(bf16* p, Lanes x) {
+  const Words bits = Words(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const auto halves = __builtin_convertvector(x != x ? Words{} + 0x7fc0u : rounded, Halves);
   memcpy(p, &halves, sizeof halves);
 }
 
-// Calls wide(i, k) for the vectors of a row, then one(i, j) for the values that are left over.
-template <int K, class Wide, class One>
-HD void for_rows(int64_t n, int lanes, const Wide& wide, const One& one) {
-  int64_t i = 0;
-  if constexpr (K > 0)
-    for (; i + 16 * K <= n; i += 16 * K)
-      for (int k = 0; k < K; ++k) wide(i + 16 * k, k);
-  for (; i < n; i += lanes) {
-    const int width = int(std::min<int64_t>(lanes, n - i));
-    for (int j = 0; j < width; ++j) one(i + j, j);
-  }
-}
+constexpr int BLOCK = 64;
 
-template <int K>
-struct Parameter {  // of every lane: in registers for the vectors, in memory for what is left over
-  Lanes wide[K + 1];
-  const float* lane;
-  HD explicit Parameter(const float* from) : lane(from) {
-    for (int k = 0; k < K; ++k) wide[k] = lanes_at(from + 16 * k);
+template <class V>
+struct Block {  // of lanes: four vectors, or one float
+  static constexpr int WIDTH = sizeof(V) / sizeof(float), SIZE = WIDTH == 1 ? 1 : BLOCK / WIDTH;
+  V at[SIZE] = {};
+
+  HD Block() {}
+  template <class T>
+  HD explicit Block(const T* p) {
+    for (int k = 0; k < SIZE; ++k) load(at[k], p + k * WIDTH);
+  }
+  template <class T>
+  HD void write(T* p) const {
+    for (int k = 0; k < SIZE; ++k) store(p + k * WIDTH, at[k]);
+  }
+  template <class F>
+  HD Block each(const Block& b, const F& f) const {
+    Block out;
+    for (int k = 0; k < SIZE; ++k) out.at[k] = f(at[k], b.at[k]);
+    return out;
+  }
+  HD Block operator+(const Block& b) const {
+    return each(b, [](V x, V y) { return x + y; });
+  }
+  HD Block operator-(const Block& b) const {
+    return each(b, [](V x, V y) { return x - y; });
+  }
+  HD Block operator*(const Block& b) const {
+    return each(b, [](V x, V y) { return x * y; });
+  }
+  HD friend Block relu(const Block& x, const Block& y, float limit) {
+    return x.each(y, [=](V v, V by) { return relu(v, by, limit); });
   }
 };
 
-template <int K>
-struct Sum {
-  Lanes wide[K + 1] = {};
-  float* lane;
-  HD Sum(float* to, int64_t lanes) : lane(to) { std::fill(to, to + lanes, 0.0f); }
-  HD void end() {
-    for (int k = 0; k < K; ++k) put_lanes(lane + 16 * k, lanes_at(lane + 16 * k) + wide[k]);
-  }
-};
-
-struct Shape {
+struct Rows {
   int64_t pixels, channels, lanes, chunk, chunks;  // lanes and chunk in values
-  Shape(int64_t p, int64_t c) : pixels(p), channels(c) {
-    lanes = c < 64 ? 64 / c * c : c;
+  Rows(int64_t p, int64_t c) : pixels(p), channels(c), lanes(std::lcm(c, BLOCK)) {
     chunk = std::max<int64_t>(8192 / lanes, 1) * lanes;
     chunks = (p * c + chunk - 1) / chunk;
   }
-  int64_t size(int64_t i) const { return std::min(chunk, pixels * channels - i * chunk); }
-  void repeat(float* row) const {  // the first `channels` lanes over all
-    for (int64_t j = channels; j < lanes; ++j) row[j] = row[j - channels];
-  }
-  void fold(const float* row, double* sums) const {
-    for (int64_t c = 0; c < channels; ++c) sums[c] = row[c];
-    for (int64_t j = channels; j < lanes; j += channels)
-      for (int64_t c = 0; c < channels; ++c) sums[c] += row[j + c];
+
+  // Calls body(Block, lane, begin, end) for values begin, begin + lanes, .. before end of chunk i.
+  template <class Body>
+  HD void visit(int64_t i, const Body& body) const {
+    const int64_t begin = i * chunk, end = std::min(begin + chunk, pixels * channels);
+    const int64_t full = end - (end - begin) % lanes;
+    for (int64_t lane = 0; lane < lanes; lane += BLOCK)
+      body(Block<Lanes>(), lane, begin + lane, full);
+    for (int64_t at = full; at < end; ++at) body(Block<float>(), at - full, at, end);
   }
 };
 
-struct Scratch {  // of one thread: rows of lanes, and sums by channel
-  std::vector<float> rows;
-  std::vector<double> sums;
-  int64_t lanes, channels;
-  explicit Scratch(const Shape& s)
-      : rows(3 * s.lanes), sums(2 * s.channels), lanes(s.lanes), channels(s.channels) {}
-  float* row(int i) { return rows.data() + i * lanes; }
-  double* sum(int i) { return sums.data() + i * channels; }
-};
+struct Table {  // rows of a number for every lane
+  int64_t lanes;
+  std::vector<float> values;
+  Table(int64_t rows, int64_t lanes) : lanes(lanes), values(rows * lanes) {}
+  float* row(int64_t r, int64_t lane = 0) { return values.data() + r * lanes + lane; }
 
-template <int K, class T>
-void chunk_moments(const Shape& shape, const T* __restrict x, int64_t n, Scratch& scratch,
-                   Sums* out) {
-  const int lanes = int(shape.lanes);
-  float* const shift = scratch.row(0);
-  Sum<K> s(scratch.row(1), lanes);
-  for_rows<K>(
-      n, lanes, [&](int64_t i, int k) { s.wide[k] += lanes_at(x + i); },
-      [&](int64_t i, int j) { s.lane[j] += value(x[i]); });
-  s.end();
-  double *const e = scratch.sum(0), *const q = scratch.sum(1);
-  shape.fold(s.lane, e);
-  const double count = double(n / shape.channels);
-  for (int64_t c = 0; c < shape.channels; ++c) shift[c] = float(e[c] / count);
-  shape.repeat(shift);
-  const Parameter<K> from(shift);
-  Sum<K> first(scratch.row(1), lanes), second(scratch.row(2), lanes);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        const Lanes d = lanes_at(x + i) - from.wide[k];
-        first.wide[k] += d;
-        second.wide[k] += d * d;
-      },
-      [&](int64_t i, int j) {
-        const float d = value(x[i]) - from.lane[j];
-        first.lane[j] += d;
-        second.lane[j] += d * d;
-      });
-  first.end();
-  second.end();
-  shape.fold(first.lane, e);
-  shape.fold(second.lane, q);
-  for (int64_t c = 0; c < shape.channels; ++c) out[c] = moments(count, shift[c], e[c], q[c]);
-}
-
-template <int K, bool ADDS, bool RELU, class T>
-void apply_chunk(int lanes, const T* __restrict x, const T* __restrict residual, T* __restrict y,
-                 int64_t n, const float* mean, const float* scale, const float* bias) {
-  const Parameter<K> m(mean), s(scale), b(bias);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        Lanes v = batch_norm(lanes_at(x + i), m.wide[k], s.wide[k], b.wide[k]);
-        if (ADDS) v += lanes_at(residual + i);
-        put_lanes(y + i, RELU ? relu(v) : v);
-      },
-      [&](int64_t i, int j) {
-        float v = batch_norm(value(x[i]), m.lane[j], s.lane[j], b.lane[j]);
-        if (ADDS) v += value(residual[i]);
-        put(y[i], RELU ? relu(v) : v);
-      });
-}
-
-enum Mask { NONE, FROM_X, FROM_Y };
-
-template <int K, int MASK, class T>
-void chunk_gradients(const Shape& shape, const T* __restrict dy, const T* __restrict x,
-                     const T* __restrict y, T* __restrict dresidual, int64_t n, Scratch& scratch,
-                     const float* mean, const float* scale, const float* bias, Sums* out) {
-  const int lanes = int(shape.lanes);
-  const Parameter<K> m(mean), s(scale), b(bias);
-  Sum<K> first(scratch.row(0), lanes), second(scratch.row(1), lanes);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        Lanes g = lanes_at(dy + i), v = lanes_at(x + i);
-        if (MASK == FROM_X) g = masked(g, batch_norm(v, m.wide[k], s.wide[k], b.wide[k]));
-        if (MASK == FROM_Y) g = masked(g, lanes_at(y + i)), put_lanes(dresidual + i, g);
-        first.wide[k] += g;
-        second.wide[k] += g * (v - m.wide[k]);
-      },
-      [&](int64_t i, int j) {
-        float g = value(dy[i]), v = value(x[i]);
-        if (MASK == FROM_X) g = masked(g, batch_norm(v, m.lane[j], s.lane[j], b.lane[j]));
-        if (MASK == FROM_Y) g = masked(g, value(y[i])), put(dresidual[i], g);
-        first.lane[j] += g;
-        second.lane[j] += g * (v - m.lane[j]);
-      });
-  first.end();
-  second.end();
-  shape.fold(first.lane, scratch.sum(0));
-  shape.fold(second.lane, scratch.sum(1));
-  for (int64_t c = 0; c < shape.channels; ++c) out[c] = {scratch.sum(0)[c], scratch.sum(1)[c]};
-}
-
-template <int K, bool MASK, class T>
-void apply_gradients(int lanes, const T* __restrict dy, const T* __restrict x, T* __restrict dx,
-                     int64_t n, const float* mean, const float* scale, const float* bias,
-                     const float* offset, const float* slope) {
-  const Parameter<K> m(mean), s(scale), b(bias), o(offset), p(slope);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        Lanes g = lanes_at(dy + i);
-        const Lanes v = lanes_at(x + i);
-        if (MASK) g = masked(g, batch_norm(v, m.wide[k], s.wide[k], b.wide[k]));
-        put_lanes(dx + i, input_gradient(g, v, m.wide[k], s.wide[k], o.wide[k], p.wide[k]));
-      },
-      [&](int64_t i, int j) {
-        float g = value(dy[i]);
-        const float v = value(x[i]);
-        if (MASK) g = masked(g, batch_norm(v, m.lane[j], s.lane[j], b.lane[j]));
-        put(dx[i], input_gradient(g, v, m.lane[j], s.lane[j], o.lane[j], p.lane[j]));
-      });
-}
-
-inline std::vector<Sums> total(const Shape& shape, const std::vector<Sums>& partial) {
-  std::vector<Sums> sums(partial.begin(), partial.begin() + shape.channels);
-  for (int64_t i = 1; i < shape.chunks; ++i)
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      sums[c].first += partial[i * shape.channels + c].first;
-      sums[c].second += partial[i * shape.channels + c].second;
+  void set(int64_t lane, const Channel<float>& c) {
+    const float of[] = {c.mean, c.scale, c.bias, c.offset, c.slope};
+    for (int r = 0; r < 5; ++r) *row(r, lane) = of[r];
+  }
+  template <class B>
+  HD Channel<B> get(int64_t lane) {
+    return {B(row(0, lane)), B(row(1, lane)), B(row(2, lane)), B(row(3, lane)), B(row(4, lane))};
+  }
+  template <class B>
+  HD void add(int64_t lane, const B& first, const B& second) {
+    (B(row(0, lane)) + first).write(row(0, lane));
+    (B(row(1, lane)) + second).write(row(1, lane));
+  }
+  Sums take(int64_t channel, int64_t channels) {  // what add() left, which becomes 0
+    Sums sums = {0, 0};
+    for (int64_t j = channel; j < lanes; j += channels) {
+      sums.add({*row(0, j), *row(1, j)});
+      *row(0, j) = *row(1, j) = 0;
     }
-  return sums;
+    return sums;
+  }
+};
+
+// To out[c] the sums of channel c over chunk i.
+template <class T>
+void sum_chunk(const BatchNorm& a, const Rows& rows, Table&, int64_t i, Table& sums, Sums* out) {
+  const T* const x = static_cast<const T*>(a.x);
+  const double n = double(std::min(rows.chunk / a.channels, a.pixels - i * rows.chunk / a.channels));
+  std::fill_n(sums.row(2), rows.lanes, 0.0f);
+  for (const bool again : {false, true}) {  // for the chunk's mean, then against it
+    rows.visit(i, [&](auto first, int64_t lane, int64_t begin, int64_t end) {
+      typedef decltype(first) B;
+      const B shift(sums.row(2, lane));
+      B second;
+      for (int64_t at = begin; at < end; at += rows.lanes) {
+        const B d = B(x + at) - shift;
+        first = first + d;
+        if (again) second = second + d * d;
+      }
+      sums.add(lane, first, second);
+    });
+    for (int64_t c = 0; c < a.channels; ++c) {
+      const Sums of = sums.take(c, a.channels);
+      if (again) out[c] = moments(n, *sums.row(2, c), of.first, of.second);
+      for (int64_t j = c; j < rows.lanes; j += a.channels) *sums.row(2, j) = float(of.first / n);
+    }
+  }
+}
+
+template <class T>
+void sum_chunk(const BatchNormBackward& a, const Rows& rows, Table& table, int64_t i, Table& sums,
+               Sums* out) {
+  const T *const dy = static_cast<const T*>(a.dy), *const x = static_cast<const T*>(a.x),
+          *const y = static_cast<const T*>(a.y);
+  rows.visit(i, [&](auto first, int64_t lane, int64_t begin, int64_t end) {
+    typedef decltype(first) B;
+    const auto channel = table.get<B>(lane);
+    B second;
+    for (int64_t at = begin; at < end; at += rows.lanes) {
+      const B v(x + at);
+      const B g = relu(B(dy + at), y ? B(y + at) : batch_norm(v, channel), a.limit);
+      if (y) g.write(static_cast<T*>(a.dresidual) + at);
+      first = first + g;
+      second = second + g * (v - channel.mean);
+    }
+    sums.add(lane, first, second);
+  });
+  for (int64_t c = 0; c < a.channels; ++c) out[c] = sums.take(c, a.channels);
+}
+
+// The results of chunk i.
+template <class T>
+void apply_chunk(const BatchNorm& a, const Rows& rows, Table& table, int64_t i) {
+  const T *const x = static_cast<const T*>(a.x), *const r = static_cast<const T*>(a.residual);
+  rows.visit(i, [&](auto block, int64_t lane, int64_t begin, int64_t end) {
+    typedef decltype(block) B;
+    const auto channel = table.get<B>(lane);
+    for (int64_t at = begin; at < end; at += rows.lanes) {
+      B v = batch_norm(B(x + at), channel);
+      if (r) v = v + B(r + at);
+      relu(v, v, a.limit).write(static_cast<T*>(a.y) + at);
+    }
+  });
+}
+
+template <class T>
+void apply_chunk(const BatchNormBackward& a, const Rows& rows, Table& table, int64_t i) {
+  const T* const dy = static_cast<const T*>(a.y ? a.dresidual : a.dy);
+  const T* const x = static_cast<const T*>(a.x);
+  const float limit = a.y ? NAN : a.limit;
+  rows.visit(i, [&](auto block, int64_t lane, int64_t begin, int64_t end) {
+    typedef decltype(block) B;
+    const auto channel = table.get<B>(lane);
+    for (int64_t at = begin; at < end; at += rows.lanes) {
+      const B v(x + at), g = relu(B(dy + at), batch_norm(v, channel), limit);
+      input_gradient(g, v, channel).write(static_cast<T*>(a.dx) + at);
+    }
+  });
 }
 
 // `parallel(chunks, body)` calls body(begin, end) on ranges that together are all chunks.
-template <int K, class T, class Parallel>
-void batch_norm_loop(const BatchNorm& a, const Parallel& parallel) {
-  const Shape shape(a.pixels, a.channels);
-  const T *const x = static_cast<const T*>(a.x), *const r = static_cast<const T*>(a.residual);
-  T* const y = static_cast<T*>(a.y);
-  std::vector<Sums> partial(shape.chunks * shape.channels);
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    Scratch scratch(shape);
+template <class T, class Arguments, class Parallel>
+void batch_norm_loop(const Arguments& a, const Parallel& parallel) {
+  const Rows rows(a.pixels, a.channels);
+  Table table(5, rows.lanes);
+  std::vector<Sums> partial(rows.chunks * a.channels);
+  for (int64_t j = 0; j < rows.lanes; ++j) table.set(j, start(a, j % a.channels));
+  parallel(rows.chunks, [&](int64_t begin, int64_t end) {
+    Table sums(3, rows.lanes);
     for (int64_t i = begin; i < end; ++i)
-      chunk_moments<K>(shape, x + i * shape.chunk, shape.size(i), scratch,
-                       partial.data() + i * shape.channels);
+      sum_chunk<T>(a, rows, table, i, sums, partial.data() + i * a.channels);
   });
-  const std::vector<Sums> sums = total(shape, partial);
-  Scratch rows(shape);
-  float *const mean = rows.row(0), *const scale = rows.row(1), *const bias = rows.row(2);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    const Channel channel = finish(a, c, sums[c], true);
-    mean[c] = channel.mean, scale[c] = channel.scale, bias[c] = channel.bias;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    Sums sums = partial[c];
+    for (int64_t i = 1; i < rows.chunks; ++i) sums.add(partial[i * a.channels + c]);
+    const auto channel = finish(a, c, sums, true);
+    for (int64_t j = c; j < rows.lanes; j += a.channels) table.set(j, channel);
   }
-  for (float* row : {mean, scale, bias}) shape.repeat(row);
-  const auto apply = r ? a.relu ? apply_chunk<K, true, true, T> : apply_chunk<K, true, false, T>
-                       : a.relu ? apply_chunk<K, false, true, T> : apply_chunk<K, false, false, T>;
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * shape.chunk;
-      apply(int(shape.lanes), x + at, r ? r + at : r, y + at, shape.size(i), mean, scale, bias);
-    }
+  parallel(rows.chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) apply_chunk<T>(a, rows, table, i);
   });
-}
-
-template <int K, class T, class Parallel>
-void batch_norm_loop(const BatchNormBackward& a, const Parallel& parallel) {
-  const Shape shape(a.pixels, a.channels);
-  const T *const x = static_cast<const T*>(a.x), *const y = static_cast<const T*>(a.y);
-  const T* const dy = static_cast<const T*>(a.dy);
-  T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
-  Scratch rows(shape), slopes(shape);
-  float *const mean = rows.row(0), *const scale = rows.row(1), *const bias = rows.row(2);
-  float *const offset = slopes.row(0), *const slope = slopes.row(1);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    const Channel channel = channel_of(a, c);
-    mean[c] = channel.mean, scale[c] = channel.scale, bias[c] = channel.bias;
-  }
-  for (float* row : {mean, scale, bias}) shape.repeat(row);
-  std::vector<Sums> partial(shape.chunks * shape.channels);
-  const auto reduce = !a.relu ? chunk_gradients<K, NONE, T>
-                      : y     ? chunk_gradients<K, FROM_Y, T>
-                              : chunk_gradients<K, FROM_X, T>;
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    Scratch scratch(shape);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * shape.chunk;
-      reduce(shape, dy + at, x + at, y ? y + at : y, y ? dresidual + at : dresidual, shape.size(i),
-             scratch, mean, scale, bias, partial.data() + i * shape.channels);
-    }
-  });
-  const std::vector<Sums> sums = total(shape, partial);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    const Slope s = finish(a, c, sums[c], true);
-    offset[c] = s.offset, slope[c] = s.slope;
-  }
-  for (float* row : {offset, slope}) shape.repeat(row);
-  const T* const g = y ? dresidual : dy;
-  const auto apply = a.relu && !y ? apply_gradients<K, true, T> : apply_gradients<K, false, T>;
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * shape.chunk;
-      apply(int(shape.lanes), g + at, x + at, dx + at, shape.size(i), mean, scale, bias, offset,
-            slope);
-    }
-  });
-}
-
-template <class Arguments, class Parallel>
-void run_batch_norm(const Arguments& a, const Parallel& parallel) {
-  const bool wide = 64 % a.channels == 0;
-  if (a.half)
-    wide ? batch_norm_loop<4, bf16>(a, parallel) : batch_norm_loop<0, bf16>(a, parallel);
-  else
-    wide ? batch_norm_loop<4, float>(a, parallel) : batch_norm_loop<0, float>(a, parallel);
 }
 
 #endif  // __CUDACC__
