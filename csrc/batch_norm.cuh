@@ -50,107 +50,64 @@ __device__ __forceinline__ Sums fold(const Sums* rows, int count, int64_t pitch,
   return sum;
 }
 
-template <class T, int V>
-__device__ __forceinline__ void read(const void* from, int64_t at, float (&to)[V]) {
-  const auto values = pack<V>(static_cast<const T*>(from) + at);
-#pragma unroll
-  for (int v = 0; v < V; ++v) to[v] = value(values.at[v]);
-}
-
-template <class T, int V>
-__device__ __forceinline__ void write(void* to, int64_t at, const float (&from)[V]) {
-  Pack<T, V> values;
-#pragma unroll
-  for (int v = 0; v < V; ++v) put(values.at[v], from[v]);
-  pack<V>(static_cast<T*>(to) + at) = values;
-}
-
 // Adds to `sums` up to a.AHEAD pixels, `step` apart; all are read before the first is used. What
 // would lie past the end is read from the first pixel instead, and not added.
 template <class T, int V>
-__device__ __forceinline__ void add_pixels(const BatchNorm& a, const Channel<float> (&)[V],
+__device__ __forceinline__ void add_pixels(const BatchNorm& a, const Channel<Block<float, V>>&,
                                            int64_t i, int64_t step, int64_t c, Sums (&sums)[V]) {
-  constexpr int AHEAD = BatchNorm::AHEAD;
-  float x[AHEAD][V];
+  Block<float, V> x[BatchNorm::AHEAD], shift, e, q;
   int n = 0;
 #pragma unroll
-  for (int u = 0; u < AHEAD; ++u) {
+  for (int u = 0; u < a.AHEAD; ++u) {
     const bool inside = i + u * step < a.pixels;
     n += inside;
-    read<T>(a.x, (inside ? i + u * step : i) * a.channels + c, x[u]);
+    x[u] = Block<float, V>(static_cast<const T*>(a.x) + (inside ? i + u * step : i) * a.channels + c);
   }
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    float sum = 0, e = 0, q = 0;
+  for (int u = 0; u < a.AHEAD; ++u)
+    if (u < n) shift = shift + x[u];
+  for (int v = 0; v < V; ++v) shift.at[v] /= float(n);
 #pragma unroll
-    for (int u = 0; u < AHEAD; ++u) sum += u < n ? x[u][v] : 0.0f;
-    const float shift = sum / float(n);
-#pragma unroll
-    for (int u = 0; u < AHEAD; ++u) {
-      const float d = u < n ? x[u][v] - shift : 0.0f;
-      e += d;
-      q += d * d;
+  for (int u = 0; u < a.AHEAD; ++u)
+    if (u < n) {
+      const auto d = x[u] - shift;
+      e = e + d;
+      q = q + d * d;
     }
-    sums[v].add(moments(n, shift, e, q));
-  }
+  for (int v = 0; v < V; ++v) sums[v].add(moments(n, shift.at[v], e.at[v], q.at[v]));
 }
 
 template <class T, int V>
 __device__ __forceinline__ void add_pixels(const BatchNormBackward& a,
-                                           const Channel<float> (&channel)[V], int64_t i,
+                                           const Channel<Block<float, V>>& channel, int64_t i,
                                            int64_t step, int64_t c, Sums (&sums)[V]) {
+  typedef Block<float, V> B;
   constexpr int AHEAD = BatchNormBackward::AHEAD;
-  float g[AHEAD][V], x[AHEAD][V], y[AHEAD][V], first[V] = {}, second[V] = {};
+  B g[AHEAD], x[AHEAD], y[AHEAD], first, second;
 #pragma unroll
-  for (int u = 0; u < AHEAD; ++u) {
+  for (int u = 0; u < a.AHEAD; ++u) {
     const int64_t at = (i + u * step < a.pixels ? i + u * step : i) * a.channels + c;
-    read<T>(a.dy, at, g[u]);
-    read<T>(a.x, at, x[u]);
-    if (a.y) read<T>(a.y, at, y[u]);
+    g[u] = B(static_cast<const T*>(a.dy) + at);
+    x[u] = B(static_cast<const T*>(a.x) + at);
+    if (a.y) y[u] = B(static_cast<const T*>(a.y) + at);
   }
 #pragma unroll
-  for (int u = 0; u < AHEAD; ++u) {
-    const bool inside = i + u * step < a.pixels;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const float by = a.y ? y[u][v] : batch_norm(x[u][v], channel[v]);
-      g[u][v] = relu(g[u][v], by, a.limit);
-      first[v] += inside ? g[u][v] : 0.0f;
-      second[v] += inside ? g[u][v] * (x[u][v] - channel[v].mean) : 0.0f;
-    }
-    if (a.y && inside) write<T>(a.dresidual, (i + u * step) * a.channels + c, g[u]);
-  }
-#pragma unroll
-  for (int v = 0; v < V; ++v) sums[v].add({first[v], second[v]});
+  for (int u = 0; u < a.AHEAD; ++u)
+    if (i + u * step < a.pixels)
+      add<T>(a, channel, g[u], x[u], y[u], (i + u * step) * a.channels + c, first, second);
+  for (int v = 0; v < V; ++v) sums[v].add({first.at[v], second.at[v]});
 }
 
-template <class T, int V>
-__device__ __forceinline__ void apply_pixel(const BatchNorm& a, const Channel<float> (&channel)[V],
-                                            int64_t at) {
-  float x[V], r[V] = {};
-  read<T>(a.x, at, x);
-  if (a.residual) read<T>(a.residual, at, r);
-#pragma unroll
+// Channel v of a thread is of(v).
+template <int V, class Of>
+__device__ __forceinline__ Channel<Block<float, V>> gather(const Of& of) {
+  Channel<Block<float, V>> all;
   for (int v = 0; v < V; ++v) {
-    x[v] = batch_norm(x[v], channel[v]);
-    if (a.residual) x[v] += r[v];
-    x[v] = relu(x[v], x[v], a.limit);
+    const Channel<float> c = of(v);
+    all.mean.at[v] = c.mean, all.scale.at[v] = c.scale, all.bias.at[v] = c.bias;
+    all.offset.at[v] = c.offset, all.slope.at[v] = c.slope;
   }
-  write<T>(a.y, at, x);
-}
-
-template <class T, int V>
-__device__ __forceinline__ void apply_pixel(const BatchNormBackward& a,
-                                            const Channel<float> (&channel)[V], int64_t at) {
-  float g[V], x[V];
-  read<T>(a.y ? a.dresidual : a.dy, at, g);
-  read<T>(a.x, at, x);
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (!a.y) g[v] = relu(g[v], batch_norm(x[v], channel[v]), a.limit);
-    g[v] = input_gradient(g[v], x[v], channel[v]);
-  }
-  write<T>(a.dx, at, g);
+  return all;
 }
 
 template <int V, class T, class Arguments>
@@ -159,9 +116,7 @@ __global__ void __launch_bounds__(NORM_THREADS) sums_kernel(const Arguments a) {
   const Place p = place<V>(a.channels);
   Sums mine[V] = {};
   if (p.active) {
-    Channel<float> channel[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) channel[v] = start(a, p.channel + v);
+    const auto channel = gather<V>([&](int v) { return start(a, p.channel + v); });
     const int64_t step = int64_t(gridDim.x) * p.rows;
     for (int64_t i = int64_t(blockIdx.x) * p.rows + p.row; i < a.pixels; i += step * a.AHEAD)
       add_pixels<T>(a, channel, i, step, p.channel, mine);
@@ -190,13 +145,12 @@ __global__ void __launch_bounds__(NORM_THREADS, 2)
     shared[threadIdx.x] = finish(a, p.first + threadIdx.x, sums, blockIdx.x == 0);
   __syncthreads();
   if (!p.active) return;
-  Channel<float> channel[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) channel[v] = shared[threadIdx.x % p.packs * V + v];
+  const Channel<float>* const mine = shared + threadIdx.x % p.packs * V;
+  const auto channel = gather<V>([&](int v) { return mine[v]; });
   const int64_t step = int64_t(gridDim.x) * p.rows;
 #pragma unroll 4
   for (int64_t i = int64_t(blockIdx.x) * p.rows + p.row; i < a.pixels; i += step)
-    apply_pixel<T>(a, channel, i * a.channels + p.channel);
+    apply<T>(a, channel, i * a.channels + p.channel);
 }
 
 // Of both launches; the second could take more, but each of its blocks reads all partial sums.

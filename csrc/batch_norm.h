@@ -14,28 +14,105 @@
 
 namespace datadiet {
 
-// ---- arithmetic; V is a float, or a block of floats ---------------------------------------------
+// ---- blocks of neighbouring channels ------------------------------------------------------------
 
-template <class V>
-struct Channel {  // what a value needs of its channel; the last two in the backward pass
-  V mean, scale, bias, offset, slope;
+HD float relu(float x, float y, float limit) { return y <= limit ? 0.0f : x; }
+
+template <int N, class T>
+HD void load(float (&at)[N], const T* p) {
+  const auto values = pack<N>(p);
+  for (int k = 0; k < N; ++k) at[k] = value(values.at[k]);
+}
+
+template <int N, class T>
+HD void store(T* p, const float (&at)[N]) {
+  Pack<T, N> values;
+  for (int k = 0; k < N; ++k) put(values.at[k], at[k]);
+  pack<N>(p) = values;
+}
+
+#ifndef __CUDACC__
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+HD Lanes relu(Lanes x, Lanes y, float limit) { return y <= limit ? Lanes{} : x; }
+
+template <int N, class T>
+HD void load(Lanes (&at)[N], const T* p) {
+  for (int k = 0; k < N; ++k) {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(&at[k], p + 16 * k, sizeof at[k]);
+    } else {
+      Halves halves;
+      memcpy(&halves, p + 16 * k, sizeof halves);
+      at[k] = Lanes(__builtin_convertvector(halves, Words) << 16);
+    }
+  }
+}
+
+template <int N, class T>
+HD void store(T* p, const Lanes (&at)[N]) {
+  for (int k = 0; k < N; ++k) {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(p + 16 * k, &at[k], sizeof at[k]);
+    } else {  // as put() does it
+      const Words bits = Words(at[k]), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+      const Words quiet = at[k] != at[k] ? Words{} + 0x7fc0u : rounded;
+      const Halves halves = __builtin_convertvector(quiet, Halves);
+      memcpy(p + 16 * k, &halves, sizeof halves);
+    }
+  }
+}
+
+#endif
+
+template <class V, int N>  // N floats or vectors of them
+struct Block {
+  V at[N] = {};
+
+  HD Block() {}
+  template <class T>
+  HD explicit Block(const T* p) {
+    load(at, p);
+  }
+  template <class T>
+  HD void write(T* p) const {
+    store(p, at);
+  }
+  template <class F>
+  HD Block each(const Block& b, const F& f) const {
+    Block out;
+    for (int k = 0; k < N; ++k) out.at[k] = f(at[k], b.at[k]);
+    return out;
+  }
+  HD Block operator+(const Block& b) const {
+    return each(b, [](V x, V y) { return x + y; });
+  }
+  HD Block operator-(const Block& b) const {
+    return each(b, [](V x, V y) { return x - y; });
+  }
+  HD Block operator*(const Block& b) const {
+    return each(b, [](V x, V y) { return x * y; });
+  }
+  // ReLU where y is x; the gradient x of one by its input or output y. `limit` is 0, or NaN for no
+  // ReLU: nothing compares with that. Where y is NaN, x passes.
+  HD friend Block relu(const Block& x, const Block& y, float limit) {
+    return x.each(y, [=](V v, V by) { return relu(v, by, limit); });
+  }
 };
 
-template <class V>
-HD V batch_norm(V x, const Channel<V>& c) {
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+template <class B>
+struct Channel {  // what a value needs of its channel; the last two in the backward pass
+  B mean, scale, bias, offset, slope;
+};
+
+template <class B>
+HD B batch_norm(const B& x, const Channel<B>& c) {
   return (x - c.mean) * c.scale + c.bias;
-}
-
-template <class V>
-HD V input_gradient(V gradient, V x, const Channel<V>& c) {
-  return (gradient - c.offset - (x - c.mean) * c.slope) * c.scale;
-}
-
-// ReLU (y is x), and its gradient x from its input or output y. `limit` is 0, or NaN for no ReLU:
-// nothing compares with that. A NaN in y lets x pass.
-template <class V>
-HD V relu(V x, V y, float limit) {
-  return y <= limit ? V{} : x;
 }
 
 // Forward the sums of x and x^2; backward of g and g (x - mean). In double, where a mean 10,000
@@ -113,6 +190,32 @@ HD Channel<float> finish(const BatchNormBackward& a, int64_t c, Sums sums, bool 
   return channel;
 }
 
+// The results of a block of values.
+template <class T, class B>
+HD void apply(const BatchNorm& a, const Channel<B>& channel, int64_t at) {
+  B y = batch_norm(B(static_cast<const T*>(a.x) + at), channel);
+  if (a.residual) y = y + B(static_cast<const T*>(a.residual) + at);
+  relu(y, y, a.limit).write(static_cast<T*>(a.y) + at);
+}
+
+template <class T, class B>
+HD void apply(const BatchNormBackward& a, const Channel<B>& c, int64_t at) {
+  const B x(static_cast<const T*>(a.x) + at);
+  B g(static_cast<const T*>(a.y ? a.dresidual : a.dy) + at);
+  if (!a.y) g = relu(g, batch_norm(x, c), a.limit);
+  ((g - c.offset - (x - c.mean) * c.slope) * c.scale).write(static_cast<T*>(a.dx) + at);
+}
+
+// Adds a block of gradients to its sums.
+template <class T, class B>
+HD void add(const BatchNormBackward& a, const Channel<B>& c, const B& dy, const B& x, const B& y,
+            int64_t at, B& first, B& second) {
+  const B g = relu(dy, a.y ? y : batch_norm(x, c), a.limit);
+  if (a.y) g.write(static_cast<T*>(a.dresidual) + at);
+  first = first + g;
+  second = second + g * (x - c.mean);
+}
+
 // Each returns null, or why the launch failed.
 const char* launch(const BatchNorm&, void* stream);
 const char* launch(const BatchNormBackward&, void* stream);
@@ -127,65 +230,7 @@ constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to
 
 #ifndef __CUDACC__
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-HD void load(float& x, const float* p) { x = *p; }
-HD void load(float& x, const bf16* p) { x = value(*p); }
-HD void load(Lanes& x, const float* p) { memcpy(&x, p, sizeof x); }
-HD void load(Lanes& x, const bf16* p) {
-  Halves halves;
-  memcpy(&halves, p, sizeof halves);
-  x = Lanes(__builtin_convertvector(halves, Words) << 16);
-}
-
-template <class T>
-HD void store(T* p, float x) {
-  put(*p, x);
-}
-HD void store(float* p, Lanes x) { memcpy(p, &x, sizeof x); }
-HD void store(bf16* p, Lanes x) {
-  const Words bits = Words(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const auto halves = __builtin_convertvector(x != x ? Words{} + 0x7fc0u : rounded, Halves);
-  memcpy(p, &halves, sizeof halves);
-}
-
 constexpr int BLOCK = 64;
-
-template <class V>
-struct Block {  // of lanes: four vectors, or one float
-  static constexpr int WIDTH = sizeof(V) / sizeof(float), SIZE = WIDTH == 1 ? 1 : BLOCK / WIDTH;
-  V at[SIZE] = {};
-
-  HD Block() {}
-  template <class T>
-  HD explicit Block(const T* p) {
-    for (int k = 0; k < SIZE; ++k) load(at[k], p + k * WIDTH);
-  }
-  template <class T>
-  HD void write(T* p) const {
-    for (int k = 0; k < SIZE; ++k) store(p + k * WIDTH, at[k]);
-  }
-  template <class F>
-  HD Block each(const Block& b, const F& f) const {
-    Block out;
-    for (int k = 0; k < SIZE; ++k) out.at[k] = f(at[k], b.at[k]);
-    return out;
-  }
-  HD Block operator+(const Block& b) const {
-    return each(b, [](V x, V y) { return x + y; });
-  }
-  HD Block operator-(const Block& b) const {
-    return each(b, [](V x, V y) { return x - y; });
-  }
-  HD Block operator*(const Block& b) const {
-    return each(b, [](V x, V y) { return x * y; });
-  }
-  HD friend Block relu(const Block& x, const Block& y, float limit) {
-    return x.each(y, [=](V v, V by) { return relu(v, by, limit); });
-  }
-};
 
 struct Rows {
   int64_t pixels, channels, lanes, chunk, chunks;  // lanes and chunk in values
@@ -200,8 +245,8 @@ struct Rows {
     const int64_t begin = i * chunk, end = std::min(begin + chunk, pixels * channels);
     const int64_t full = end - (end - begin) % lanes;
     for (int64_t lane = 0; lane < lanes; lane += BLOCK)
-      body(Block<Lanes>(), lane, begin + lane, full);
-    for (int64_t at = full; at < end; ++at) body(Block<float>(), at - full, at, end);
+      body(Block<Lanes, BLOCK / 16>(), lane, begin + lane, full);
+    for (int64_t at = full; at < end; ++at) body(Block<float, 1>(), at - full, at, end);
   }
 };
 
@@ -224,13 +269,11 @@ struct Table {  // rows of a number for every lane
     (B(row(0, lane)) + first).write(row(0, lane));
     (B(row(1, lane)) + second).write(row(1, lane));
   }
-  Sums take(int64_t channel, int64_t channels) {  // what add() left, which becomes 0
-    Sums sums = {0, 0};
-    for (int64_t j = channel; j < lanes; j += channels) {
-      sums.add({*row(0, j), *row(1, j)});
-      *row(0, j) = *row(1, j) = 0;
-    }
-    return sums;
+  void take(int64_t channels, Sums* out) {  // by channel what add() left, which becomes 0
+    std::fill_n(out, channels, Sums{0, 0});
+    for (const float *p = row(0), *q = row(1); p < row(1); p += channels, q += channels)
+      for (int64_t c = 0; c < channels; ++c) out[c].add({p[c], q[c]});
+    std::fill_n(row(0), 2 * lanes, 0.0f);
   }
 };
 
@@ -239,25 +282,27 @@ template <class T>
 void sum_chunk(const BatchNorm& a, const Rows& rows, Table&, int64_t i, Table& sums, Sums* out) {
   const T* const x = static_cast<const T*>(a.x);
   const double n = double(std::min(rows.chunk / a.channels, a.pixels - i * rows.chunk / a.channels));
-  std::fill_n(sums.row(2), rows.lanes, 0.0f);
-  for (const bool again : {false, true}) {  // for the chunk's mean, then against it
+  float* const shift = sums.row(2);
+  const auto add_up = [&](auto shifted) {
     rows.visit(i, [&](auto first, int64_t lane, int64_t begin, int64_t end) {
       typedef decltype(first) B;
-      const B shift(sums.row(2, lane));
+      const B mean(shift + lane);
       B second;
       for (int64_t at = begin; at < end; at += rows.lanes) {
-        const B d = B(x + at) - shift;
+        B d(x + at);
+        if (shifted) d = d - mean, second = second + d * d;
         first = first + d;
-        if (again) second = second + d * d;
       }
       sums.add(lane, first, second);
     });
-    for (int64_t c = 0; c < a.channels; ++c) {
-      const Sums of = sums.take(c, a.channels);
-      if (again) out[c] = moments(n, *sums.row(2, c), of.first, of.second);
-      for (int64_t j = c; j < rows.lanes; j += a.channels) *sums.row(2, j) = float(of.first / n);
-    }
-  }
+    sums.take(a.channels, out);
+  };
+  add_up(std::false_type());
+  for (int64_t j = 0; j < rows.lanes; ++j)
+    shift[j] = j < a.channels ? float(out[j].first / n) : shift[j - a.channels];
+  add_up(std::true_type());
+  for (int64_t c = 0; c < a.channels; ++c)
+    out[c] = moments(n, shift[c], out[c].first, out[c].second);
 }
 
 template <class T>
@@ -269,46 +314,11 @@ void sum_chunk(const BatchNormBackward& a, const Rows& rows, Table& table, int64
     typedef decltype(first) B;
     const auto channel = table.get<B>(lane);
     B second;
-    for (int64_t at = begin; at < end; at += rows.lanes) {
-      const B v(x + at);
-      const B g = relu(B(dy + at), y ? B(y + at) : batch_norm(v, channel), a.limit);
-      if (y) g.write(static_cast<T*>(a.dresidual) + at);
-      first = first + g;
-      second = second + g * (v - channel.mean);
-    }
+    for (int64_t at = begin; at < end; at += rows.lanes)
+      add<T>(a, channel, B(dy + at), B(x + at), y ? B(y + at) : B(), at, first, second);
     sums.add(lane, first, second);
   });
-  for (int64_t c = 0; c < a.channels; ++c) out[c] = sums.take(c, a.channels);
-}
-
-// The results of chunk i.
-template <class T>
-void apply_chunk(const BatchNorm& a, const Rows& rows, Table& table, int64_t i) {
-  const T *const x = static_cast<const T*>(a.x), *const r = static_cast<const T*>(a.residual);
-  rows.visit(i, [&](auto block, int64_t lane, int64_t begin, int64_t end) {
-    typedef decltype(block) B;
-    const auto channel = table.get<B>(lane);
-    for (int64_t at = begin; at < end; at += rows.lanes) {
-      B v = batch_norm(B(x + at), channel);
-      if (r) v = v + B(r + at);
-      relu(v, v, a.limit).write(static_cast<T*>(a.y) + at);
-    }
-  });
-}
-
-template <class T>
-void apply_chunk(const BatchNormBackward& a, const Rows& rows, Table& table, int64_t i) {
-  const T* const dy = static_cast<const T*>(a.y ? a.dresidual : a.dy);
-  const T* const x = static_cast<const T*>(a.x);
-  const float limit = a.y ? NAN : a.limit;
-  rows.visit(i, [&](auto block, int64_t lane, int64_t begin, int64_t end) {
-    typedef decltype(block) B;
-    const auto channel = table.get<B>(lane);
-    for (int64_t at = begin; at < end; at += rows.lanes) {
-      const B v(x + at), g = relu(B(dy + at), batch_norm(v, channel), limit);
-      input_gradient(g, v, channel).write(static_cast<T*>(a.dx) + at);
-    }
-  });
+  sums.take(a.channels, out);
 }
 
 // `parallel(chunks, body)` calls body(begin, end) on ranges that together are all chunks.
@@ -330,7 +340,12 @@ void batch_norm_loop(const Arguments& a, const Parallel& parallel) {
     for (int64_t j = c; j < rows.lanes; j += a.channels) table.set(j, channel);
   }
   parallel(rows.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) apply_chunk<T>(a, rows, table, i);
+    const Arguments mine = a;  // which no store can change
+    for (int64_t i = begin; i < end; ++i)
+      rows.visit(i, [&](auto block, int64_t lane, int64_t first, int64_t last) {
+        const auto channel = table.get<decltype(block)>(lane);
+        for (int64_t at = first; at < last; at += rows.lanes) apply<T>(mine, channel, at);
+      });
   });
 }
 

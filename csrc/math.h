@@ -40,6 +40,21 @@ HD void put(bf16& to, float x) {  // to nearest, ties to even; every NaN becomes
   to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T at[N];
+};
+
+// The N values at p, as one access of a card.
+template <int N, class T>
+HD Pack<T, N>& pack(T* p) {
+  return *reinterpret_cast<Pack<T, N>*>(p);
+}
+template <int N, class T>
+HD const Pack<T, N>& pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
 // ---- masked SGD of one weight -------------------------------------------------------------------
 
 // A pruned weight is selected to 0, not multiplied: 0 * inf is not 0 and -1 * 0 is not +0.

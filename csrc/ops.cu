@@ -12,21 +12,6 @@ namespace {
 
 constexpr int THREADS = 256;
 
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T at[N];
-};
-
-// The N values at p, as one access.
-template <int N, class T>
-__device__ __forceinline__ Pack<T, N>& pack(T* p) {
-  return *reinterpret_cast<Pack<T, N>*>(p);
-}
-template <int N, class T>
-__device__ __forceinline__ const Pack<T, N>& pack(const T* p) {
-  return *reinterpret_cast<const Pack<T, N>*>(p);
-}
-
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 
 template <class... Pointers>
