@@ -141,20 +141,6 @@ def test_second_derivatives_are_those_of_the_definition(op, adds, relu):
             torch.testing.assert_close(ours.double(), want, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(("adds", "relu"), CASES)
-def test_gradcheck_in_float64_through_the_definition(op, adds, relu):
-    x, weight, bias, mean, var, residual, _ = (
-        None if t is None else t.double() for t in draw((3, 2, 2, 3), adds=adds)
-    )
-    inputs = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
-
-    def call(x, weight, bias, residual=None):
-        return op(x, weight, bias, mean, var, residual, relu=relu)
-
-    assert torch.autograd.gradcheck(call, inputs)
-    assert torch.autograd.gradgradcheck(call, inputs)
-
-
 @pytest.mark.parametrize("adds", [False, True])
 def test_opcheck(op, adds):
     ops = torch.ops.datadiet

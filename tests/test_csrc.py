@@ -364,7 +364,6 @@ def test_a_step_compiles_to_one_graph_and_its_losses_refuse_a_gradient(ops):
 LOAD = """
 import os; os.umask(0)  # the library is still no one else's to write
 import csrc, sys
-csrc.CXX_FLAGS[0] = "-O0"  # to compile in half the time
 ops = csrc.load({"example_losses": print, "not_compiled": len})
 assert not any(x in sys.modules for x in ("common", "torch.utils.cpp_extension"))
 assert ops is csrc.load({}) and ops.not_compiled("ab") == 2
@@ -372,21 +371,35 @@ print(ops.example_losses.default)
 """
 
 
-def start(cache: Path) -> subprocess.Popen:
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+@pytest.fixture
+def compilers(ops, tmp_path) -> tuple[Path, Path]:
+    """One that gives a copy of the library in place for whatever it compiles, one that hangs."""
+    library, _ = csrc.find(csrc.card_archs())
+    copies, hangs = tmp_path / "copies", tmp_path / "hangs"
+    copies.write_text(f'#!/bin/sh\nfor x; do case $y in -o) cp {library} "$x";; esac; y=$x; done\n')
+    hangs.write_text("#!/bin/sh\nsleep 100\n")
+    for path in (copies, hangs):
+        path.chmod(0o755)
+    return copies, hangs
+
+
+def start(cache: Path, compiler: Path) -> subprocess.Popen:
+    env = {"TORCH_EXTENSIONS_DIR": cache, "CUDA_VISIBLE_DEVICES": "", "CXX": compiler}
+    env = os.environ | {k: str(v) for k, v in env.items()}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", LOAD]
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipe)
 
 
-def test_after_a_killed_build_two_at_once_build_one_library(tmp_path):
-    killed = start(tmp_path)
+def test_after_a_killed_build_two_at_once_build_one_library(compilers, tmp_path):
+    copies, hangs = compilers
+    killed = start(tmp_path, hangs)
     while not list(tmp_path.glob("datadiet/*/build.ninja")):
         assert killed.poll() is None
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    both = [start(tmp_path), start(tmp_path)]
+    both = [start(tmp_path, copies), start(tmp_path, copies)]
     results = [(*p.communicate(), p.returncode) for p in both]
     assert {(out, code) for out, _, code in results} == {("datadiet.example_losses.default\n", 0)}
     waited, built = sorted(err for _, err, _ in results)
@@ -405,9 +418,11 @@ def loaded(tmp_path, monkeypatch):
     return paths
 
 
-def test_a_portable_library_serves_where_nothing_can_be_built(loaded, tmp_path, monkeypatch, capfd):
+def test_a_portable_library_serves_where_nothing_can_be_built(
+    compilers, loaded, tmp_path, monkeypatch, capfd
+):
     """As on a node with a card of compute capability 9.0 but no toolkit and no compiler."""
-    monkeypatch.setattr(csrc, "CXX_FLAGS", ["-O0"])  # to compile in half the time
+    monkeypatch.setenv("CXX", str(compilers[0]))
     portable, note = csrc.build((), portable=True)
     assert "built for any CPU" in note
     monkeypatch.setenv("CXX", "/nowhere/g++")
