@@ -61,7 +61,8 @@ __device__ __forceinline__ void add_pixels(const BatchNorm& a, const Channel<Blo
   for (int u = 0; u < a.AHEAD; ++u) {
     const bool inside = i + u * step < a.pixels;
     n += inside;
-    x[u] = Block<float, V>(static_cast<const T*>(a.x) + (inside ? i + u * step : i) * a.channels + c);
+    const int64_t at = (inside ? i + u * step : i) * a.channels + c;
+    x[u] = Block<float, V>(static_cast<const T*>(a.x) + at);
   }
 #pragma unroll
   for (int u = 0; u < a.AHEAD; ++u)

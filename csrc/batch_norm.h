@@ -33,9 +33,17 @@ HD void store(T* p, const float (&at)[N]) {
 
 #ifndef __CUDACC__
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+// As wide as a register: of wider vectors g++ takes the comparisons apart, float by float.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 
 HD Lanes relu(Lanes x, Lanes y, float limit) { return y <= limit ? Lanes{} : x; }
 
@@ -43,10 +51,10 @@ template <int N, class T>
 HD void load(Lanes (&at)[N], const T* p) {
   for (int k = 0; k < N; ++k) {
     if constexpr (std::is_same_v<T, float>) {
-      memcpy(&at[k], p + 16 * k, sizeof at[k]);
+      memcpy(&at[k], p + WIDTH * k, sizeof at[k]);
     } else {
       Halves halves;
-      memcpy(&halves, p + 16 * k, sizeof halves);
+      memcpy(&halves, p + WIDTH * k, sizeof halves);
       at[k] = Lanes(__builtin_convertvector(halves, Words) << 16);
     }
   }
@@ -56,12 +64,12 @@ template <int N, class T>
 HD void store(T* p, const Lanes (&at)[N]) {
   for (int k = 0; k < N; ++k) {
     if constexpr (std::is_same_v<T, float>) {
-      memcpy(p + 16 * k, &at[k], sizeof at[k]);
+      memcpy(p + WIDTH * k, &at[k], sizeof at[k]);
     } else {  // as put() does it
       const Words bits = Words(at[k]), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
       const Words quiet = at[k] != at[k] ? Words{} + 0x7fc0u : rounded;
       const Halves halves = __builtin_convertvector(quiet, Halves);
-      memcpy(p + 16 * k, &halves, sizeof halves);
+      memcpy(p + WIDTH * k, &halves, sizeof halves);
     }
   }
 }
@@ -224,8 +232,8 @@ constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to
 
 // ---- loops for the CPU --------------------------------------------------------------------------
 //
-// Memory is flat with the channels as its period. A row of it is whole pixels and whole blocks of
-// 64 lanes, so a lane keeps its channel, and a block its parameters in registers; what is left
+// Memory is flat with the channels as its period. A row is a number of pixels and of blocks of 64
+// lanes, so that a lane keeps its channel and a block its parameters in registers; what is left
 // after the last full row goes one by one.
 
 #ifndef __CUDACC__
@@ -245,7 +253,7 @@ struct Rows {
     const int64_t begin = i * chunk, end = std::min(begin + chunk, pixels * channels);
     const int64_t full = end - (end - begin) % lanes;
     for (int64_t lane = 0; lane < lanes; lane += BLOCK)
-      body(Block<Lanes, BLOCK / 16>(), lane, begin + lane, full);
+      body(Block<Lanes, BLOCK / WIDTH>(), lane, begin + lane, full);
     for (int64_t at = full; at < end; ++at) body(Block<float, 1>(), at - full, at, end);
   }
 };
@@ -281,7 +289,8 @@ struct Table {  // rows of a number for every lane
 template <class T>
 void sum_chunk(const BatchNorm& a, const Rows& rows, Table&, int64_t i, Table& sums, Sums* out) {
   const T* const x = static_cast<const T*>(a.x);
-  const double n = double(std::min(rows.chunk / a.channels, a.pixels - i * rows.chunk / a.channels));
+  const int64_t most = rows.chunk / a.channels;
+  const double n = double(std::min(most, a.pixels - i * most));
   float* const shift = sums.row(2);
   const auto add_up = [&](auto shifted) {
     rows.visit(i, [&](auto first, int64_t lane, int64_t begin, int64_t end) {

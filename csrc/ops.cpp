@@ -122,8 +122,9 @@ void run(const Sgd& a) {
       const int64_t row = at / a.columns, i = at % a.columns;
       const bool masked = i < a.prunable;
       n = std::min((masked ? a.prunable : a.columns) - i, end - at);
+      const uint8_t* const mask = a.mask + row * a.prunable + i;
       (masked ? sgd_span<true> : sgd_span<false>)(a, a.weights + at, a.momentum + at,
-                                                  a.gradient + at, a.mask + row * a.prunable + i, n);
+                                                  a.gradient + at, mask, n);
       if (a.low)
         for (int64_t j = at; j < at + n; ++j) put(a.low[j], a.weights[j]);
     }
@@ -321,7 +322,7 @@ Tensor augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor
 void expect_images(const Tensor& x, std::initializer_list<std::pair<const char*, Tensor>> others) {
   const auto type = x.scalar_type() == BF16 ? BF16 : F32;
   expect("x", x, type, {-1, -1, -1, -1}, x, true);
-  expect(x.numel() > x.size(1), "x must be of more than one value a channel, got ", text(x.sizes()));
+  expect(x.numel() > x.size(1), "x must be of more than one value a channel");
   for (const auto& [argument, t] : others) expect(argument, t, type, x.sizes(), x, true);
 }
 
