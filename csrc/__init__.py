@@ -63,21 +63,19 @@ def load(definitions: dict[str, Callable]) -> SimpleNamespace | None:
 
 def load_library() -> bool:
     """Loads the operations, with the CUDA part, else without; False if neither can be built."""
-    notes, done = [], False
-    archs = card_archs()
-    for wanted in dict.fromkeys([archs, ()]):
+    message, done = [], False
+    for archs in dict.fromkeys([card_archs(), ()]):
         try:
-            library, note = find(wanted) or build(wanted)
+            library, note = find(archs) or build(archs)
             torch.ops.load_library(library)
+            message += [note] if note else []
+            done = True
+            break
         except (BuildError, OSError) as error:
-            users = "CUDA tensors" if wanted else "all tensors"
-            notes.append(f"{str(error).splitlines()[0]}, {users} use the PyTorch definitions")
-            continue
-        notes += [note] if note else []
-        done = True
-        break
-    if notes:
-        print(f"csrc: {'; '.join(notes)}", file=sys.stderr, flush=True)
+            users = "CUDA tensors" if archs else "all tensors"
+            message.append(f"{str(error).splitlines()[0]}, {users} use the PyTorch definitions")
+    if message:
+        print(f"csrc: {'; '.join(message)}", file=sys.stderr, flush=True)
     return done
 
 
@@ -151,8 +149,8 @@ def build(archs: tuple[int, ...], portable: bool = False) -> tuple[Path, str]:
 
 def compile_into(scratch: str, archs: tuple[int, ...], portable: bool) -> str:
     """Writes ops.so; returns the compilers' report, or raises BuildError with their complaint."""
-    named = os.environ.get("CXX")
-    cxx = next(filter(shutil.which, [named] if named else ["g++", "c++", "clang++"]), None)
+    compilers = [os.environ.get("CXX")] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    cxx = next(filter(shutil.which, compilers), None)
     if not cxx:
         raise BuildError("no C++ compiler (install g++ or set CXX)")
     # pip's ninja lies beside this Python; CC would become nvcc's host compiler
@@ -161,25 +159,19 @@ def compile_into(scratch: str, archs: tuple[int, ...], portable: bool) -> str:
     environment.pop("CC", None)
     if not shutil.which("ninja", path=path):
         raise BuildError("no ninja (pip install ninja)")
-    job = {
-        "name": "ops",
-        "sources": [str(HERE / "ops.cpp")],
-        "extra_cflags": CXX_FLAGS + ([] if portable else ["-march=native"]),
-        "build_directory": scratch,
-    }
+    sources = [str(HERE / "ops.cpp")]
+    flags, cuda_flags = CXX_FLAGS + ([] if portable else ["-march=native"]), []
     if archs:
         environment["CUDA_HOME"] = str(cuda_home())
+        sources.append(str(HERE / "ops.cu"))
+        flags.append("-DUSE_CUDA")
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        job["sources"].append(str(HERE / "ops.cu"))
-        job["extra_cflags"] = [*job["extra_cflags"], "-DUSE_CUDA"]
-        job["extra_cuda_cflags"] = [*NVCC_FLAGS, *targets, f"-ccbin={cxx}"]
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, json.dumps(job)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        cuda_flags = [*NVCC_FLAGS, *targets, f"-ccbin={cxx}"]
+    job = {"name": "ops", "sources": sources, "build_directory": scratch}
+    job |= {"extra_cflags": flags, "extra_cuda_cflags": cuda_flags}
+    command = [sys.executable, "-c", BUILD, json.dumps(job)]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env=environment, **out)
     if done.returncode:
         lines = done.stdout.splitlines()
         lines = [x for x in lines if re.search(r"\berror:", x, re.I)] or lines[-1:] or ["no reason"]
@@ -221,15 +213,12 @@ def cache_folder() -> Path:
 
 def trusted(path: Path) -> bool:
     """Whether `path` is there, belongs to this user and cannot be written to by others."""
-    try:
+    others = stat.S_IWGRP | stat.S_IWOTH
+    with contextlib.suppress(OSError):
         status = path.lstat()
-    except OSError:
-        return False
-    return (
-        status.st_uid == os.geteuid()
-        and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        and not stat.S_ISLNK(status.st_mode)
-    )
+        mine = status.st_uid == os.geteuid() and not status.st_mode & others
+        return mine and not stat.S_ISLNK(status.st_mode)
+    return False
 
 
 def fingerprint(portable: bool) -> str:

@@ -15,34 +15,20 @@ import sys
 
 from csrc import BuildError, build, card_archs
 
-KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
-SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-REGISTERS = re.compile(r"Used (\d+) registers")
+KERNEL = re.compile(
+    r"entry function '(?:void )?([^('\n]+)[^\n]*' for '(\w+)'.*?"
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.S,
+)
 
 
 def kernels(report: str) -> list[tuple[str, str, int, int]]:
     """(kernel, sm, registers, spilled bytes) out of what ptxas -v prints."""
-    rows, name, sm, spilled = [], "", "", 0
-    for line in demangle(report).splitlines():
-        if found := KERNEL.search(line):
-            name, sm = found.groups()
-        elif found := SPILL.search(line):
-            spilled = int(found[1]) + int(found[2])
-        elif found := REGISTERS.search(line):
-            rows.append((name, sm, int(found[1]), spilled))
-    return rows
-
-
-def demangle(report: str) -> str:
-    """`sgd_kernel<4,false,float>` for every mangled name, where binutils are installed."""
-    if not shutil.which("c++filt"):
-        return report
-    text = subprocess.run(["c++filt"], input=report, capture_output=True, text=True).stdout
-    names = re.compile(r"'void (?:datadiet::|\(anonymous namespace\)::)*(.*?)\(.*' for")
-    return names.sub(
-        lambda m: f"'{m[1].replace('datadiet::', '').replace(' ', '')}' for",
-        text,
-    )
+    if shutil.which("c++filt"):
+        report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True).stdout
+    report = re.sub(r"datadiet::|\(anonymous namespace\)::", "", report)
+    rows = [match.groups() for match in KERNEL.finditer(report)]
+    return [(name, sm, int(used), int(out) + int(back)) for name, sm, out, back, used in rows]
 
 
 def main(archs: tuple[int, ...], portable: bool) -> int:
@@ -54,7 +40,7 @@ def main(archs: tuple[int, ...], portable: bool) -> int:
     print(f"{library}: {note or 'in place already'}")
     rows = kernels(library.with_suffix(".log").read_text())
     for name, sm, registers, spilled in rows:
-        print(f"{sm}  {name:32}  {registers:3} registers  {spilled} bytes spilled")
+        print(f"{sm}  {name:44}  {registers:3} registers  {spilled} bytes spilled")
     if archs and not rows:
         print("csrc: ptxas reported no kernel", file=sys.stderr)
         return 1

@@ -6,41 +6,128 @@
 // up over the chunks in double and in order: the same bits for any number of threads.
 #pragma once
 #include <algorithm>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "math.h"
 
 namespace datadiet {
 
-HD float value(float x) { return x; }
-HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+// ---- blocks of neighbouring channels ------------------------------------------------------------
 
-// ---- arithmetic; V is a float, or a vector of floats --------------------------------------------
+HD float relu(float x, float y, float limit) { return y <= limit ? 0.0f : x; }
 
-template <class V>
-HD V batch_norm(V x, V mean, V scale, V bias) {
-  return (x - mean) * scale + bias;
+template <int N, class T>
+HD void load(float (&at)[N], const T* p) {
+  const auto values = pack<N>(p);
+  for (int k = 0; k < N; ++k) at[k] = value(values.at[k]);
 }
 
-template <class V>
-HD V relu(V x) {  // a NaN stays one
-  return x <= 0.0f ? V{} : x;
+template <int N, class T>
+HD void store(T* p, const float (&at)[N]) {
+  Pack<T, N> values;
+  for (int k = 0; k < N; ++k) put(values.at[k], at[k]);
+  pack<N>(p) = values;
 }
 
-template <class V>
-HD V masked(V gradient, V y) {  // the gradient of relu, from its input or its output
-  return y <= 0.0f ? V{} : gradient;
+#ifndef __CUDACC__
+
+// As wide as a register: of wider vectors g++ takes the comparisons apart, float by float.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+HD Lanes relu(Lanes x, Lanes y, float limit) { return y <= limit ? Lanes{} : x; }
+
+template <int N, class T>
+HD void load(Lanes (&at)[N], const T* p) {
+  for (int k = 0; k < N; ++k) {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(&at[k], p + WIDTH * k, sizeof at[k]);
+    } else {
+      Halves halves;
+      memcpy(&halves, p + WIDTH * k, sizeof halves);
+      at[k] = Lanes(__builtin_convertvector(halves, Words) << 16);
+    }
+  }
 }
 
-template <class V>
-HD V input_gradient(V gradient, V x, V mean, V scale, V offset, V slope) {
-  return (gradient - offset - (x - mean) * slope) * scale;
+template <int N, class T>
+HD void store(T* p, const Lanes (&at)[N]) {
+  for (int k = 0; k < N; ++k) {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(p + WIDTH * k, &at[k], sizeof at[k]);
+    } else {  // as put() does it
+      const Words bits = Words(at[k]), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+      const Words quiet = at[k] != at[k] ? Words{} + 0x7fc0u : rounded;
+      const Halves halves = __builtin_convertvector(quiet, Halves);
+      memcpy(p + WIDTH * k, &halves, sizeof halves);
+    }
+  }
+}
+
+#endif
+
+template <class V, int N>  // N floats or vectors of them
+struct Block {
+  V at[N] = {};
+
+  HD Block() {}
+  template <class T>
+  HD explicit Block(const T* p) {
+    load(at, p);
+  }
+  template <class T>
+  HD void write(T* p) const {
+    store(p, at);
+  }
+  template <class F>
+  HD Block each(const Block& b, const F& f) const {
+    Block out;
+    for (int k = 0; k < N; ++k) out.at[k] = f(at[k], b.at[k]);
+    return out;
+  }
+  HD Block operator+(const Block& b) const {
+    return each(b, [](V x, V y) { return x + y; });
+  }
+  HD Block operator-(const Block& b) const {
+    return each(b, [](V x, V y) { return x - y; });
+  }
+  HD Block operator*(const Block& b) const {
+    return each(b, [](V x, V y) { return x * y; });
+  }
+  // ReLU where y is x; the gradient x of one by its input or output y. `limit` is 0, or NaN for no
+  // ReLU: nothing compares with that. Where y is NaN, x passes.
+  HD friend Block relu(const Block& x, const Block& y, float limit) {
+    return x.each(y, [=](V v, V by) { return relu(v, by, limit); });
+  }
+};
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+template <class B>
+struct Channel {  // what a value needs of its channel; the last two in the backward pass
+  B mean, scale, bias, offset, slope;
+};
+
+template <class B>
+HD B batch_norm(const B& x, const Channel<B>& c) {
+  return (x - c.mean) * c.scale + c.bias;
 }
 
 // Forward the sums of x and x^2; backward of g and g (x - mean). In double, where a mean 10,000
 // times the deviation still costs the variance no more than float32's rounding.
 struct Sums {
   double first, second;
+  HD void add(Sums more) { first += more.first, second += more.second; }
 };
 
 // Of `n` values x, from e = sum(x - shift) and q = sum((x - shift)^2).
@@ -48,13 +135,8 @@ HD Sums moments(double n, double shift, double e, double q) {
   return {n * shift + e, q + shift * (2 * e + n * shift)};
 }
 
-constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to add up
-
-struct Channel {  // what the second pass needs of a channel
-  float mean, scale, bias;
-};
-
 struct BatchNorm {
+  static constexpr int AHEAD = 8;  // pixels that a thread of a card reads at once
   const void *x, *residual;  // residual or null
   void* y;
   bool half;
@@ -64,12 +146,13 @@ struct BatchNorm {
   Sums* partial;  // (PARTS, channels), on a card
   int64_t pixels, channels;
   double momentum, eps;
-  bool relu;
+  float limit;
 };
 
 // y is given where a residual was added before ReLU, and dresidual with it: the first pass writes
 // there the masked gradient, the second reads it. Else the mask is computed again from x.
 struct BatchNormBackward {
+  static constexpr int AHEAD = 4;  // of twice as much
   const void *dy, *x, *y;
   void *dx, *dresidual;
   bool half;
@@ -77,10 +160,16 @@ struct BatchNormBackward {
   float *dweight, *dbias;
   Sums* partial;
   int64_t pixels, channels;
-  bool relu;
+  float limit;
 };
 
-HD Channel finish(const BatchNorm& a, int64_t c, Sums sums, bool writes) {
+HD Channel<float> start(const BatchNormBackward& a, int64_t c) {
+  return {a.mean[c], float(a.weight[c] * double(a.rstd[c])), a.bias[c], 0, 0};
+}
+
+HD Channel<float> start(const BatchNorm&, int64_t) { return {}; }  // needs the sums first
+
+HD Channel<float> finish(const BatchNorm& a, int64_t c, Sums sums, bool writes) {
   using std::sqrt;
   const double n = double(a.pixels), mean = sums.first / n;
   const double spread = sums.second / n - mean * mean, variance = spread < 0 ? 0 : spread;
@@ -94,316 +183,179 @@ HD Channel finish(const BatchNorm& a, int64_t c, Sums sums, bool writes) {
       a.running_var[c] = float((1 - a.momentum) * a.running_var[c] + a.momentum * unbiased);
     }
   }
-  return {float(mean), float(a.weight[c] * double(float(rstd))), a.bias[c]};
+  return {float(mean), float(a.weight[c] * double(float(rstd))), a.bias[c], 0, 0};
 }
 
-struct Slope {
-  float offset, slope;
-};
-
-HD Channel channel_of(const BatchNormBackward& a, int64_t c) {
-  return {a.mean[c], float(a.weight[c] * double(a.rstd[c])), a.bias[c]};
-}
-
-HD Slope finish(const BatchNormBackward& a, int64_t c, Sums sums, bool writes) {
+HD Channel<float> finish(const BatchNormBackward& a, int64_t c, Sums sums, bool writes) {
   const double n = double(a.pixels), rstd = a.rstd[c];
   if (writes) {
     a.dweight[c] = float(sums.second * rstd);
     a.dbias[c] = float(sums.first);
   }
-  return {float(sums.first / n), float(sums.second * rstd * rstd / n)};
+  auto channel = start(a, c);
+  channel.offset = float(sums.first / n);
+  channel.slope = float(sums.second * rstd * rstd / n);
+  return channel;
+}
+
+// The results of a block of values.
+template <class T, class B>
+HD void apply(const BatchNorm& a, const Channel<B>& channel, int64_t at) {
+  B y = batch_norm(B(static_cast<const T*>(a.x) + at), channel);
+  if (a.residual) y = y + B(static_cast<const T*>(a.residual) + at);
+  relu(y, y, a.limit).write(static_cast<T*>(a.y) + at);
+}
+
+template <class T, class B>
+HD void apply(const BatchNormBackward& a, const Channel<B>& c, int64_t at) {
+  const B x(static_cast<const T*>(a.x) + at);
+  B g(static_cast<const T*>(a.y ? a.dresidual : a.dy) + at);
+  if (!a.y) g = relu(g, batch_norm(x, c), a.limit);
+  ((g - c.offset - (x - c.mean) * c.slope) * c.scale).write(static_cast<T*>(a.dx) + at);
+}
+
+// Adds a block of gradients to its sums.
+template <class T, class B>
+HD void add(const BatchNormBackward& a, const Channel<B>& c, const B& dy, const B& x, const B& y,
+            int64_t at, B& first, B& second) {
+  const B g = relu(dy, a.y ? y : batch_norm(x, c), a.limit);
+  if (a.y) g.write(static_cast<T*>(a.dresidual) + at);
+  first = first + g;
+  second = second + g * (x - c.mean);
 }
 
 // Each returns null, or why the launch failed.
 const char* launch(const BatchNorm&, void* stream);
 const char* launch(const BatchNormBackward&, void* stream);
 
-#ifndef __CUDACC__
+constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to add up
 
 // ---- loops for the CPU --------------------------------------------------------------------------
 //
-// Memory is flat with the channels as its period. Where they divide 64 a row of 64 values has fixed
-// parameters in four vectors (K = 4); else a row is as many whole pixels as fit into 64 (K = 0).
+// Memory is flat with the channels as its period. A row is a number of pixels and of blocks of 64
+// lanes, so that a lane keeps its channel and a block its parameters in registers; what is left
+// after the last full row goes one by one.
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words16 __attribute__((vector_size(64)));
-typedef uint16_t Halves16 __attribute__((vector_size(32)));
+#ifndef __CUDACC__
 
-HD Lanes lanes_at(const float* p) {
-  Lanes x;
-  memcpy(&x, p, sizeof x);
-  return x;
-}
-HD Lanes lanes_at(const bf16* p) {
-  Halves16 x;
-  memcpy(&x, p, sizeof x);
-  return Lanes(__builtin_convertvector(x, Words16) << 16);
-}
-HD void put_lanes(float* p, Lanes x) { memcpy(p, &x, sizeof x); }
-HD void put_lanes(bf16* p, Lanes x) {
-  const Words16 bits = Words16(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const auto halves = __builtin_convertvector(x != x ? Words16{} + 0x7fc0u : rounded, Halves16);
-  memcpy(p, &halves, sizeof halves);
-}
+constexpr int BLOCK = 64;
 
-// Calls wide(i, k) for the vectors of a row, then one(i, j) for the values that are left over.
-template <int K, class Wide, class One>
-HD void for_rows(int64_t n, int lanes, const Wide& wide, const One& one) {
-  int64_t i = 0;
-  if constexpr (K > 0)
-    for (; i + 16 * K <= n; i += 16 * K)
-      for (int k = 0; k < K; ++k) wide(i + 16 * k, k);
-  for (; i < n; i += lanes) {
-    const int width = int(std::min<int64_t>(lanes, n - i));
-    for (int j = 0; j < width; ++j) one(i + j, j);
-  }
-}
-
-template <int K>
-struct Parameter {  // of every lane: in registers for the vectors, in memory for what is left over
-  Lanes wide[K + 1];
-  const float* lane;
-  HD explicit Parameter(const float* from) : lane(from) {
-    for (int k = 0; k < K; ++k) wide[k] = lanes_at(from + 16 * k);
-  }
-};
-
-template <int K>
-struct Sum {
-  Lanes wide[K + 1] = {};
-  float* lane;
-  HD Sum(float* to, int64_t lanes) : lane(to) { std::fill(to, to + lanes, 0.0f); }
-  HD void end() {
-    for (int k = 0; k < K; ++k) put_lanes(lane + 16 * k, lanes_at(lane + 16 * k) + wide[k]);
-  }
-};
-
-struct Shape {
+struct Rows {
   int64_t pixels, channels, lanes, chunk, chunks;  // lanes and chunk in values
-  Shape(int64_t p, int64_t c) : pixels(p), channels(c) {
-    lanes = c < 64 ? 64 / c * c : c;
+  Rows(int64_t p, int64_t c) : pixels(p), channels(c), lanes(std::lcm(c, BLOCK)) {
     chunk = std::max<int64_t>(8192 / lanes, 1) * lanes;
     chunks = (p * c + chunk - 1) / chunk;
   }
-  int64_t size(int64_t i) const { return std::min(chunk, pixels * channels - i * chunk); }
-  void repeat(float* row) const {  // the first `channels` lanes over all
-    for (int64_t j = channels; j < lanes; ++j) row[j] = row[j - channels];
-  }
-  void fold(const float* row, double* sums) const {
-    for (int64_t c = 0; c < channels; ++c) sums[c] = row[c];
-    for (int64_t j = channels; j < lanes; j += channels)
-      for (int64_t c = 0; c < channels; ++c) sums[c] += row[j + c];
+
+  // Calls body(Block, lane, begin, end) for values begin, begin + lanes, .. before end of chunk i.
+  template <class Body>
+  HD void visit(int64_t i, const Body& body) const {
+    const int64_t begin = i * chunk, end = std::min(begin + chunk, pixels * channels);
+    const int64_t full = end - (end - begin) % lanes;
+    for (int64_t lane = 0; lane < lanes; lane += BLOCK)
+      body(Block<Lanes, BLOCK / WIDTH>(), lane, begin + lane, full);
+    for (int64_t at = full; at < end; ++at) body(Block<float, 1>(), at - full, at, end);
   }
 };
 
-struct Scratch {  // of one thread: rows of lanes, and sums by channel
-  std::vector<float> rows;
-  std::vector<double> sums;
-  int64_t lanes, channels;
-  explicit Scratch(const Shape& s)
-      : rows(3 * s.lanes), sums(2 * s.channels), lanes(s.lanes), channels(s.channels) {}
-  float* row(int i) { return rows.data() + i * lanes; }
-  double* sum(int i) { return sums.data() + i * channels; }
+struct Table {  // rows of a number for every lane
+  int64_t lanes;
+  std::vector<float> values;
+  Table(int64_t rows, int64_t lanes) : lanes(lanes), values(rows * lanes) {}
+  float* row(int64_t r, int64_t lane = 0) { return values.data() + r * lanes + lane; }
+
+  void set(int64_t lane, const Channel<float>& c) {
+    const float of[] = {c.mean, c.scale, c.bias, c.offset, c.slope};
+    for (int r = 0; r < 5; ++r) *row(r, lane) = of[r];
+  }
+  template <class B>
+  HD Channel<B> get(int64_t lane) {
+    return {B(row(0, lane)), B(row(1, lane)), B(row(2, lane)), B(row(3, lane)), B(row(4, lane))};
+  }
+  template <class B>
+  HD void add(int64_t lane, const B& first, const B& second) {
+    (B(row(0, lane)) + first).write(row(0, lane));
+    (B(row(1, lane)) + second).write(row(1, lane));
+  }
+  void take(int64_t channels, Sums* out) {  // by channel what add() left, which becomes 0
+    std::fill_n(out, channels, Sums{0, 0});
+    for (const float *p = row(0), *q = row(1); p < row(1); p += channels, q += channels)
+      for (int64_t c = 0; c < channels; ++c) out[c].add({p[c], q[c]});
+    std::fill_n(row(0), 2 * lanes, 0.0f);
+  }
 };
 
-template <int K, class T>
-void chunk_moments(const Shape& shape, const T* __restrict x, int64_t n, Scratch& scratch,
-                   Sums* out) {
-  const int lanes = int(shape.lanes);
-  float* const shift = scratch.row(0);
-  Sum<K> s(scratch.row(1), lanes);
-  for_rows<K>(
-      n, lanes, [&](int64_t i, int k) { s.wide[k] += lanes_at(x + i); },
-      [&](int64_t i, int j) { s.lane[j] += value(x[i]); });
-  s.end();
-  double *const e = scratch.sum(0), *const q = scratch.sum(1);
-  shape.fold(s.lane, e);
-  const double count = double(n / shape.channels);
-  for (int64_t c = 0; c < shape.channels; ++c) shift[c] = float(e[c] / count);
-  shape.repeat(shift);
-  const Parameter<K> from(shift);
-  Sum<K> first(scratch.row(1), lanes), second(scratch.row(2), lanes);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        const Lanes d = lanes_at(x + i) - from.wide[k];
-        first.wide[k] += d;
-        second.wide[k] += d * d;
-      },
-      [&](int64_t i, int j) {
-        const float d = value(x[i]) - from.lane[j];
-        first.lane[j] += d;
-        second.lane[j] += d * d;
-      });
-  first.end();
-  second.end();
-  shape.fold(first.lane, e);
-  shape.fold(second.lane, q);
-  for (int64_t c = 0; c < shape.channels; ++c) out[c] = moments(count, shift[c], e[c], q[c]);
+// To out[c] the sums of channel c over chunk i.
+template <class T>
+void sum_chunk(const BatchNorm& a, const Rows& rows, Table&, int64_t i, Table& sums, Sums* out) {
+  const T* const x = static_cast<const T*>(a.x);
+  const int64_t most = rows.chunk / a.channels;
+  const double n = double(std::min(most, a.pixels - i * most));
+  float* const shift = sums.row(2);
+  const auto add_up = [&](auto shifted) {
+    rows.visit(i, [&](auto first, int64_t lane, int64_t begin, int64_t end) {
+      typedef decltype(first) B;
+      const B mean(shift + lane);
+      B second;
+      for (int64_t at = begin; at < end; at += rows.lanes) {
+        B d(x + at);
+        if (shifted) d = d - mean, second = second + d * d;
+        first = first + d;
+      }
+      sums.add(lane, first, second);
+    });
+    sums.take(a.channels, out);
+  };
+  add_up(std::false_type());
+  for (int64_t j = 0; j < rows.lanes; ++j)
+    shift[j] = j < a.channels ? float(out[j].first / n) : shift[j - a.channels];
+  add_up(std::true_type());
+  for (int64_t c = 0; c < a.channels; ++c)
+    out[c] = moments(n, shift[c], out[c].first, out[c].second);
 }
 
-template <int K, bool ADDS, bool RELU, class T>
-void apply_chunk(int lanes, const T* __restrict x, const T* __restrict residual, T* __restrict y,
-                 int64_t n, const float* mean, const float* scale, const float* bias) {
-  const Parameter<K> m(mean), s(scale), b(bias);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        Lanes v = batch_norm(lanes_at(x + i), m.wide[k], s.wide[k], b.wide[k]);
-        if (ADDS) v += lanes_at(residual + i);
-        put_lanes(y + i, RELU ? relu(v) : v);
-      },
-      [&](int64_t i, int j) {
-        float v = batch_norm(value(x[i]), m.lane[j], s.lane[j], b.lane[j]);
-        if (ADDS) v += value(residual[i]);
-        put(y[i], RELU ? relu(v) : v);
-      });
-}
-
-enum Mask { NONE, FROM_X, FROM_Y };
-
-template <int K, int MASK, class T>
-void chunk_gradients(const Shape& shape, const T* __restrict dy, const T* __restrict x,
-                     const T* __restrict y, T* __restrict dresidual, int64_t n, Scratch& scratch,
-                     const float* mean, const float* scale, const float* bias, Sums* out) {
-  const int lanes = int(shape.lanes);
-  const Parameter<K> m(mean), s(scale), b(bias);
-  Sum<K> first(scratch.row(0), lanes), second(scratch.row(1), lanes);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        Lanes g = lanes_at(dy + i), v = lanes_at(x + i);
-        if (MASK == FROM_X) g = masked(g, batch_norm(v, m.wide[k], s.wide[k], b.wide[k]));
-        if (MASK == FROM_Y) g = masked(g, lanes_at(y + i)), put_lanes(dresidual + i, g);
-        first.wide[k] += g;
-        second.wide[k] += g * (v - m.wide[k]);
-      },
-      [&](int64_t i, int j) {
-        float g = value(dy[i]), v = value(x[i]);
-        if (MASK == FROM_X) g = masked(g, batch_norm(v, m.lane[j], s.lane[j], b.lane[j]));
-        if (MASK == FROM_Y) g = masked(g, value(y[i])), put(dresidual[i], g);
-        first.lane[j] += g;
-        second.lane[j] += g * (v - m.lane[j]);
-      });
-  first.end();
-  second.end();
-  shape.fold(first.lane, scratch.sum(0));
-  shape.fold(second.lane, scratch.sum(1));
-  for (int64_t c = 0; c < shape.channels; ++c) out[c] = {scratch.sum(0)[c], scratch.sum(1)[c]};
-}
-
-template <int K, bool MASK, class T>
-void apply_gradients(int lanes, const T* __restrict dy, const T* __restrict x, T* __restrict dx,
-                     int64_t n, const float* mean, const float* scale, const float* bias,
-                     const float* offset, const float* slope) {
-  const Parameter<K> m(mean), s(scale), b(bias), o(offset), p(slope);
-  for_rows<K>(
-      n, lanes,
-      [&](int64_t i, int k) {
-        Lanes g = lanes_at(dy + i);
-        const Lanes v = lanes_at(x + i);
-        if (MASK) g = masked(g, batch_norm(v, m.wide[k], s.wide[k], b.wide[k]));
-        put_lanes(dx + i, input_gradient(g, v, m.wide[k], s.wide[k], o.wide[k], p.wide[k]));
-      },
-      [&](int64_t i, int j) {
-        float g = value(dy[i]);
-        const float v = value(x[i]);
-        if (MASK) g = masked(g, batch_norm(v, m.lane[j], s.lane[j], b.lane[j]));
-        put(dx[i], input_gradient(g, v, m.lane[j], s.lane[j], o.lane[j], p.lane[j]));
-      });
-}
-
-inline std::vector<Sums> total(const Shape& shape, const std::vector<Sums>& partial) {
-  std::vector<Sums> sums(partial.begin(), partial.begin() + shape.channels);
-  for (int64_t i = 1; i < shape.chunks; ++i)
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      sums[c].first += partial[i * shape.channels + c].first;
-      sums[c].second += partial[i * shape.channels + c].second;
-    }
-  return sums;
+template <class T>
+void sum_chunk(const BatchNormBackward& a, const Rows& rows, Table& table, int64_t i, Table& sums,
+               Sums* out) {
+  const T *const dy = static_cast<const T*>(a.dy), *const x = static_cast<const T*>(a.x),
+          *const y = static_cast<const T*>(a.y);
+  rows.visit(i, [&](auto first, int64_t lane, int64_t begin, int64_t end) {
+    typedef decltype(first) B;
+    const auto channel = table.get<B>(lane);
+    B second;
+    for (int64_t at = begin; at < end; at += rows.lanes)
+      add<T>(a, channel, B(dy + at), B(x + at), y ? B(y + at) : B(), at, first, second);
+    sums.add(lane, first, second);
+  });
+  sums.take(a.channels, out);
 }
 
 // `parallel(chunks, body)` calls body(begin, end) on ranges that together are all chunks.
-template <int K, class T, class Parallel>
-void batch_norm_loop(const BatchNorm& a, const Parallel& parallel) {
-  const Shape shape(a.pixels, a.channels);
-  const T *const x = static_cast<const T*>(a.x), *const r = static_cast<const T*>(a.residual);
-  T* const y = static_cast<T*>(a.y);
-  std::vector<Sums> partial(shape.chunks * shape.channels);
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    Scratch scratch(shape);
+template <class T, class Arguments, class Parallel>
+void batch_norm_loop(const Arguments& a, const Parallel& parallel) {
+  const Rows rows(a.pixels, a.channels);
+  Table table(5, rows.lanes);
+  std::vector<Sums> partial(rows.chunks * a.channels);
+  for (int64_t j = 0; j < rows.lanes; ++j) table.set(j, start(a, j % a.channels));
+  parallel(rows.chunks, [&](int64_t begin, int64_t end) {
+    Table sums(3, rows.lanes);
     for (int64_t i = begin; i < end; ++i)
-      chunk_moments<K>(shape, x + i * shape.chunk, shape.size(i), scratch,
-                       partial.data() + i * shape.channels);
+      sum_chunk<T>(a, rows, table, i, sums, partial.data() + i * a.channels);
   });
-  const std::vector<Sums> sums = total(shape, partial);
-  Scratch rows(shape);
-  float *const mean = rows.row(0), *const scale = rows.row(1), *const bias = rows.row(2);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    const Channel channel = finish(a, c, sums[c], true);
-    mean[c] = channel.mean, scale[c] = channel.scale, bias[c] = channel.bias;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    Sums sums = partial[c];
+    for (int64_t i = 1; i < rows.chunks; ++i) sums.add(partial[i * a.channels + c]);
+    const auto channel = finish(a, c, sums, true);
+    for (int64_t j = c; j < rows.lanes; j += a.channels) table.set(j, channel);
   }
-  for (float* row : {mean, scale, bias}) shape.repeat(row);
-  const auto apply = r ? a.relu ? apply_chunk<K, true, true, T> : apply_chunk<K, true, false, T>
-                       : a.relu ? apply_chunk<K, false, true, T> : apply_chunk<K, false, false, T>;
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * shape.chunk;
-      apply(int(shape.lanes), x + at, r ? r + at : r, y + at, shape.size(i), mean, scale, bias);
-    }
+  parallel(rows.chunks, [&](int64_t begin, int64_t end) {
+    const Arguments mine = a;  // which no store can change
+    for (int64_t i = begin; i < end; ++i)
+      rows.visit(i, [&](auto block, int64_t lane, int64_t first, int64_t last) {
+        const auto channel = table.get<decltype(block)>(lane);
+        for (int64_t at = first; at < last; at += rows.lanes) apply<T>(mine, channel, at);
+      });
   });
-}
-
-template <int K, class T, class Parallel>
-void batch_norm_loop(const BatchNormBackward& a, const Parallel& parallel) {
-  const Shape shape(a.pixels, a.channels);
-  const T *const x = static_cast<const T*>(a.x), *const y = static_cast<const T*>(a.y);
-  const T* const dy = static_cast<const T*>(a.dy);
-  T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
-  Scratch rows(shape), slopes(shape);
-  float *const mean = rows.row(0), *const scale = rows.row(1), *const bias = rows.row(2);
-  float *const offset = slopes.row(0), *const slope = slopes.row(1);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    const Channel channel = channel_of(a, c);
-    mean[c] = channel.mean, scale[c] = channel.scale, bias[c] = channel.bias;
-  }
-  for (float* row : {mean, scale, bias}) shape.repeat(row);
-  std::vector<Sums> partial(shape.chunks * shape.channels);
-  const auto reduce = !a.relu ? chunk_gradients<K, NONE, T>
-                      : y     ? chunk_gradients<K, FROM_Y, T>
-                              : chunk_gradients<K, FROM_X, T>;
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    Scratch scratch(shape);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * shape.chunk;
-      reduce(shape, dy + at, x + at, y ? y + at : y, y ? dresidual + at : dresidual, shape.size(i),
-             scratch, mean, scale, bias, partial.data() + i * shape.channels);
-    }
-  });
-  const std::vector<Sums> sums = total(shape, partial);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    const Slope s = finish(a, c, sums[c], true);
-    offset[c] = s.offset, slope[c] = s.slope;
-  }
-  for (float* row : {offset, slope}) shape.repeat(row);
-  const T* const g = y ? dresidual : dy;
-  const auto apply = a.relu && !y ? apply_gradients<K, true, T> : apply_gradients<K, false, T>;
-  parallel(shape.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * shape.chunk;
-      apply(int(shape.lanes), g + at, x + at, dx + at, shape.size(i), mean, scale, bias, offset,
-            slope);
-    }
-  });
-}
-
-template <class Arguments, class Parallel>
-void run_batch_norm(const Arguments& a, const Parallel& parallel) {
-  const bool wide = 64 % a.channels == 0;
-  if (a.half)
-    wide ? batch_norm_loop<4, bf16>(a, parallel) : batch_norm_loop<0, bf16>(a, parallel);
-  else
-    wide ? batch_norm_loop<4, float>(a, parallel) : batch_norm_loop<0, float>(a, parallel);
 }
 
 #endif  // __CUDACC__

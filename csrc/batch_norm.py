@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 
 def register(library: torch.library.Library) -> None:
@@ -25,10 +24,9 @@ def compiled(definition: Callable) -> Callable:
     """`definition` through the kernels; itself where there are none (float64, layouts other than
     channels-last, devices without them) and for second derivatives.
     """
-    ops = torch.ops.datadiet
-    forward_op = ops.batch_norm_relu_forward.default
-    backward_op = ops.batch_norm_relu_backward.default
-    types, channels_last = (torch.float32, torch.bfloat16), torch.channels_last
+    forward_op = torch.ops.datadiet.batch_norm_relu_forward.default
+    backward_op = torch.ops.datadiet.batch_norm_relu_backward.default
+    channels_last = torch.channels_last
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     devices = [d for d in ("cpu", "cuda") if has_kernel(forward_op.name(), d.upper())]
 
@@ -48,41 +46,25 @@ def compiled(definition: Callable) -> Callable:
         def backward(ctx, dy):
             x, weight, bias, mean, rstd, y = ctx.saved_tensors
             adds, momentum, eps, relu = ctx.rest
+            dresidual = dy if adds else None
             if torch.is_grad_enabled():  # create_graph=True
                 if y is not None:
-                    dy = torch.where(y <= 0, 0, dy)
+                    dy = dresidual = torch.where(y <= 0, 0, dy)
                 z = definition(x, weight, bias, None, None, None, momentum, eps, relu and y is None)
                 wanted = [t for t in (x, weight, bias) if t.requires_grad]
                 found = iter(torch.autograd.grad(z, wanted, dy, create_graph=True))
-                dx, dweight, dbias = (
-                    next(found) if t.requires_grad else None for t in (x, weight, bias)
-                )
-                dresidual = dy if adds else None
+                grads = [next(found) if t.requires_grad else None for t in (x, weight, bias)]
             else:
-                if not dy.is_contiguous(memory_format=channels_last):
-                    dy = dy.contiguous(memory_format=channels_last)
-                dx, dweight, dbias, dresidual = backward_op(
-                    dy, x, y, weight, bias, mean, rstd, relu
-                )
-                if y is None:
-                    dresidual = dy if adds else None
-            return dx, dweight, dbias, None, None, dresidual, None, None, None
-
-    apply = BatchNormRelu.apply
+                dy = dy.contiguous(memory_format=channels_last)
+                *grads, masked = backward_op(dy, x, y, weight, bias, mean, rstd, relu)
+                dresidual = dresidual if y is None else masked
+            return *grads, None, None, dresidual, None, None, None
 
     def batch_norm_relu(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        residual: Tensor | None = None,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        relu: bool = True,
-    ) -> Tensor:
+        x, weight, bias, running_mean, running_var, residual=None, momentum=0.1, eps=1e-5, relu=True
+    ):
         fits = (
-            x.dtype in types
+            x.dtype in (torch.float32, torch.bfloat16)
             and x.dim() == 4
             and x.is_contiguous(memory_format=channels_last)
             and x.device.type in devices
@@ -95,7 +77,7 @@ def compiled(definition: Callable) -> Callable:
                 and residual.shape == x.shape
                 and residual.is_contiguous(memory_format=channels_last)
             )
-        call = apply if fits else definition
+        call = BatchNormRelu.apply if fits else definition
         return call(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu)
 
     return batch_norm_relu

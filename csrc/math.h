@@ -30,11 +30,29 @@ HD To bit_cast(From x) {
   return y;
 }
 
+HD float value(float x) { return x; }
+HD float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
 HD void put(float& to, float x) { to = x; }
 HD void put(bf16& to, float x) {  // to nearest, ties to even; every NaN becomes the quiet one
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T at[N];
+};
+
+// The N values at p, as one access of a card.
+template <int N, class T>
+HD Pack<T, N>& pack(T* p) {
+  return *reinterpret_cast<Pack<T, N>*>(p);
+}
+template <int N, class T>
+HD const Pack<T, N>& pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 
 // ---- masked SGD of one weight -------------------------------------------------------------------
@@ -103,10 +121,6 @@ HD float barrier(float middle, float first, float second, float alpha) {
   return middle - ((1.0f - alpha) * first + alpha * second);
 }
 
-// ---- augmentation -------------------------------------------------------------------------------
-
-HD float normalise(uint8_t pixel, float scale, float shift) { return float(pixel) * scale + shift; }
-
 // ---- what ops.cpp hands to the loops of a device ------------------------------------------------
 
 struct Sgd {
@@ -141,6 +155,18 @@ struct Augment {
   bool half;
   int64_t count, batch, height, width, channels;
 };
+
+// ---- augmentation -------------------------------------------------------------------------------
+
+// Where pixel (y, x) of example b comes from, cropped and flipped; null in the black border.
+HD const uint8_t* source(const Augment& a, int64_t b, int y, int x) {
+  const int64_t* const crop = a.crops + 3 * b;
+  const int64_t from_y = y + crop[0], from_x = (crop[2] > 0 ? a.width - 1 - x : x) + crop[1];
+  if (from_y < 0 || from_y >= a.height || from_x < 0 || from_x >= a.width) return nullptr;
+  return a.images + ((a.indices[b] * a.height + from_y) * a.width + from_x) * a.channels;
+}
+
+HD float normalise(uint8_t pixel, float scale, float shift) { return float(pixel) * scale + shift; }
 
 // Each returns null, or why the launch failed.
 const char* launch(const Sgd&, void* stream);

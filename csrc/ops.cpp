@@ -22,75 +22,78 @@ namespace datadiet {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// ---- checks -------------------------------------------------------------------------------------
-
-std::string name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
-  }
-}
-
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::ostringstream text;
-  const char* comma = "(";
-  for (int64_t s : sizes) {
-    text << comma;
-    s < 0 ? text << "any" : text << s;
-    comma = ", ";
-  }
-  return text.str() + ")";
-}
-
-std::string device_text(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index());
-}
-
-// `shape` holds -1 where any size will do; the tensor must lie on the device of `beside`.
-void expect(const char* argument, const Tensor& t, std::initializer_list<ScalarType> types,
-            std::initializer_list<int64_t> shape, const Tensor& beside) {
-  const auto sizes = t.sizes();
-  const bool ok =
-      std::find(types.begin(), types.end(), t.scalar_type()) != types.end() &&
-      std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end(),
-                 [](int64_t is, int64_t want) { return want < 0 || is == want; }) &&
-      t.is_contiguous() && t.is_cpu() == beside.is_cpu() &&
-      t.get_device_index() == beside.get_device_index();
-  if (ok) return;
-  std::ostringstream text;
-  text << argument << " must be a contiguous " << shape_text(shape) << " tensor of ";
-  for (auto type : types) text << (type == *types.begin() ? "" : " or ") << name(type);
-  text << " on " << device_text(beside) << ", got " << shape_text(sizes) << " "
-       << name(t.scalar_type()) << (t.is_contiguous() ? "" : " non-contiguous") << " on "
-       << device_text(t);
-  throw std::runtime_error(text.str());
-}
-
-void expect(const char* argument, bool ok, const char* wanted, int64_t got) {
-  if (ok) return;
-  throw std::runtime_error(std::string(argument) + " must be " + wanted + ", got " +
-                           std::to_string(got));
-}
-
-void check_range(const char* argument, const int64_t* x, int64_t n, int64_t limit) {
-  for (int64_t i = 0; i < n; ++i)
-    if (x[i] < 0 || x[i] >= limit)
-      throw std::runtime_error(std::string(argument) + " must lie in [0, " + std::to_string(limit) +
-                               "), got " + std::to_string(x[i]) + " at position " +
-                               std::to_string(i));
-}
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
+}
+
+bool on_card([[maybe_unused]] const Tensor& t) {
+#ifdef USE_CUDA
+  return t.is_cuda();
+#else
+  return false;
+#endif
+}
+
+Tensor floats(const Tensor& beside, int64_t n) {
+  return torch::stable::new_empty(beside, {n}, ScalarType::Float);
+}
+
+// ---- checks -------------------------------------------------------------------------------------
+
+constexpr auto F32 = ScalarType::Float, BF16 = ScalarType::BFloat16, I64 = ScalarType::Long;
+
+template <class... Parts>
+void expect(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string text(Sizes sizes) {
+  std::string out;
+  for (int64_t s : sizes) out += (out.empty() ? "(" : ", ") + (s < 0 ? "any" : std::to_string(s));
+  return out + ")";
+}
+
+std::string device(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index());
+}
+
+bool is_channels_last(const Tensor& t) {
+  int64_t stride = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != stride) return false;
+    stride *= t.size(dim);
+  }
+  return true;
+}
+
+// `shape` holds -1 where any size will do; the tensor must lie on the device of `beside`.
+void expect(const char* argument, const Tensor& t, ScalarType type, Sizes shape,
+            const Tensor& beside, bool channels_last = false) {
+  const Sizes sizes = t.sizes();
+  if (t.scalar_type() == type && t.is_cpu() == beside.is_cpu() &&
+      t.get_device_index() == beside.get_device_index() &&
+      std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end(),
+                 [](int64_t is, int64_t want) { return want < 0 || is == want; }) &&
+      (channels_last ? is_channels_last(t) : t.is_contiguous()))
+    return;
+  expect(false, argument, " must be a ", channels_last ? "channels-last " : "contiguous ",
+         text(shape), " tensor of ", type, " on ", device(beside), ", got ", text(sizes), " ",
+         t.scalar_type(), t.is_contiguous() ? "" : " non-contiguous", " on ", device(t));
+}
+
+// Where the values can be read without waiting for a card, which takes care of them itself.
+void expect_range(const char* argument, const Tensor& t, int64_t limit) {
+  if (on_card(t)) return;
+  const int64_t* const x = data<int64_t>(t);
+  for (int64_t i = 0; i < t.numel(); ++i)
+    if (x[i] < 0 || x[i] >= limit)
+      expect(false, argument, " must lie in [0, ", limit, "), got ", x[i], " at position ", i);
 }
 
 template <class Body>
@@ -100,83 +103,66 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 
 // ---- loops for the CPU --------------------------------------------------------------------------
 
-template <bool MASKED, bool LOW>
-void sgd_span(float* __restrict w, float* __restrict m, float* __restrict g,
-              const uint8_t* __restrict mask, bf16* __restrict low, int64_t n, float lr, float mu,
-              float weight_decay) {
+template <bool MASKED>
+void sgd_span(const Sgd& a, float* __restrict w, float* __restrict m, float* __restrict g,
+              const uint8_t* __restrict mask, int64_t n) {
+  const float lr = a.lr[0];
   for (int64_t i = 0; i < n; ++i) {
     float weight = w[i], velocity = m[i];
-    sgd(weight, velocity, g[i], MASKED ? mask[i] != 0 : true, lr, mu, weight_decay);
+    sgd(weight, velocity, g[i], MASKED ? mask[i] != 0 : true, lr, a.mu, a.weight_decay);
     w[i] = weight;
     m[i] = velocity;
     g[i] = 0;
-    if constexpr (LOW) put(low[i], weight);
   }
 }
 
-template <bool LOW>
-void sgd_loop(const Sgd& a) {
+void run(const Sgd& a) {
   parallel_for(a.rows * a.columns, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end;) {
+    for (int64_t at = begin, n; at < end; at += n) {
       const int64_t row = at / a.columns, i = at % a.columns;
       const bool masked = i < a.prunable;
-      const int64_t n = std::min((masked ? a.prunable : a.columns) - i, end - at);
-      (masked ? sgd_span<true, LOW> : sgd_span<false, LOW>)(
-          a.weights + at, a.momentum + at, a.gradient + at, a.mask + row * a.prunable + i,
-          a.low + (LOW ? at : 0), n, a.lr[0], a.mu, a.weight_decay);
-      at += n;
+      n = std::min((masked ? a.prunable : a.columns) - i, end - at);
+      const uint8_t* const mask = a.mask + row * a.prunable + i;
+      (masked ? sgd_span<true> : sgd_span<false>)(a, a.weights + at, a.momentum + at,
+                                                  a.gradient + at, mask, n);
+      if (a.low)
+        for (int64_t j = at; j < at + n; ++j) put(a.low[j], a.weights[j]);
     }
   });
 }
 
-void run(const Sgd& a) { (a.low ? sgd_loop<true> : sgd_loop<false>)(a); }
-
 constexpr int ROWS = 32;  // rows side by side, one a vector lane: a row's sums are its own
-constexpr int CHUNK = 128;  // classes in the tile at a time
 
-// Kept from the vectoriser, which would scatter.
+// Lanes past the end repeat the last row. Kept from the vectoriser, which would scatter.
 __attribute__((noinline, optimize("no-tree-vectorize"))) void transpose(const float* x,
-                                                                       int64_t pitch, int n,
-                                                                       int width,
-                                                                       float (*tile)[ROWS]) {
-  for (int r = 0; r < ROWS; ++r) {
-    const float* row = x + std::min(r, n - 1) * pitch;  // lanes past the end repeat the last row
-    for (int c = 0; c < width; ++c) tile[c][r] = row[c];
-  }
+                                                                       int64_t classes, int n,
+                                                                       float (*to)[ROWS]) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int64_t c = 0; c < classes; ++c) to[c][r] = x[std::min(r, n - 1) * classes + c];
 }
 
 void losses_of_rows(const float* x, const int64_t* labels, int64_t classes, int n, float* loss,
                     float* error, float* norm) {
-  float tile[CHUNK][ROWS], top[ROWS], own[ROWS], others[ROWS] = {}, squares[ROWS] = {};
+  thread_local std::vector<float> tile;
+  tile.resize(classes * ROWS);
+  float(*const logits)[ROWS] = reinterpret_cast<float(*)[ROWS]>(tile.data());
+  float top[ROWS], own[ROWS], others[ROWS] = {}, squares[ROWS] = {};
   int32_t label[ROWS], wrong[ROWS] = {};
-  const auto load = [&](int64_t from) {
-    const int width = int(std::min<int64_t>(CHUNK, classes - from));
-    transpose(x + from, classes, n, width, tile);
-    return width;
-  };
+  transpose(x, classes, n, logits);
   for (int r = 0; r < ROWS; ++r) {
-    const int row = std::min(r, n - 1);
-    label[r] = int32_t(labels[row]);
-    own[r] = x[row * classes + label[r]];
+    label[r] = int32_t(labels[std::min(r, n - 1)]);
+    own[r] = logits[label[r]][r];
     top[r] = -INFINITY;
   }
-  for (int64_t from = 0; from < classes; from += CHUNK) {
-    const int width = load(from);
-    for (int c = 0; c < width; ++c)
+  for (int c = 0; c < classes; ++c)
+    for (int r = 0; r < ROWS; ++r)
+      see_logit(logits[c][r], own[r], c < label[r], top[r], wrong[r]);
+  for (int64_t group = 0; group < classes; group += GROUP) {
+    float sum[ROWS] = {}, sum_squares[ROWS] = {};
+    for (int c = int(group); c < std::min(group + GROUP, classes); ++c)
       for (int r = 0; r < ROWS; ++r)
-        see_logit(tile[c][r], own[r], int32_t(from + c) < label[r], top[r], wrong[r]);
-  }
-  for (int64_t from = 0; from < classes; from += CHUNK) {
-    const int width = classes > CHUNK ? load(from) : int(classes);
-    float part[ROWS] = {}, part_squares[ROWS] = {};
-    for (int group = 0; group < width; group += GROUP) {
-      float sum[ROWS] = {}, sum_squares[ROWS] = {};
-      for (int c = group; c < std::min(group + GROUP, width); ++c)
-        for (int r = 0; r < ROWS; ++r)
-          add_logit(tile[c][r], top[r], int32_t(from + c) == label[r], sum[r], sum_squares[r]);
-      for (int r = 0; r < ROWS; ++r) part[r] += sum[r], part_squares[r] += sum_squares[r];
-    }
-    for (int r = 0; r < ROWS; ++r) others[r] += part[r], squares[r] += part_squares[r];
+        add_logit(logits[c][r], top[r], c == label[r], sum[r], sum_squares[r]);
+    for (int r = 0; r < ROWS; ++r) others[r] += sum[r], squares[r] += sum_squares[r];
   }
   for (int r = 0; r < n; ++r) {
     finish_row(top[r], own[r], others[r], squares[r], loss[r], norm[r]);
@@ -216,33 +202,16 @@ void run(const Barrier& a) {
 
 template <class Out>
 void augment_loop(const Augment& a) {
-  const int64_t line = a.width * a.channels, image = a.height * line;
-  std::vector<float> scale(line), shift(line);  // repeated along a line, so that it is one loop
-  for (int64_t i = 0; i < line; ++i) {
-    scale[i] = a.scale[i % a.channels];
-    shift[i] = a.shift[i % a.channels];
-  }
+  const int64_t image = a.height * a.width * a.channels;
   parallel_for(a.batch, (1 << 14) / std::max<int64_t>(image, 1), [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> pixels(line);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t up = a.crops[3 * b], left = a.crops[3 * b + 1];
-      const bool mirrored = a.crops[3 * b + 2] > 0;
-      for (int64_t y = 0; y < a.height; ++y) {
-        const int64_t from_y = y + up;
-        std::fill(pixels.begin(), pixels.end(), uint8_t(0));
-        if (from_y >= 0 && from_y < a.height) {
-          const uint8_t* from = a.images + a.indices[b] * image + from_y * line;
-          for (int64_t x = 0; x < a.width; ++x) {
-            const int64_t from_x = (mirrored ? a.width - 1 - x : x) + left;
-            if (from_x >= 0 && from_x < a.width)
-              for (int64_t c = 0; c < a.channels; ++c)
-                pixels[x * a.channels + c] = from[from_x * a.channels + c];
-          }
+    Out* to = static_cast<Out*>(a.out) + begin * image;
+    for (int64_t b = begin; b < end; ++b)
+      for (int y = 0; y < a.height; ++y)
+        for (int x = 0; x < a.width; ++x) {
+          const uint8_t* const from = source(a, b, y, x);
+          for (int c = 0; c < a.channels; ++c)
+            put(*to++, normalise(from ? from[c] : 0, a.scale[c], a.shift[c]));
         }
-        Out* to = static_cast<Out*>(a.out) + b * image + y * line;
-        for (int64_t i = 0; i < line; ++i) put(to[i], normalise(pixels[i], scale[i], shift[i]));
-      }
-    }
   });
 }
 
@@ -250,65 +219,58 @@ void run(const Augment& a) { (a.half ? augment_loop<bf16> : augment_loop<float>)
 
 constexpr int64_t CHUNKS = 4;  // of batch_norm.h, below which a thread of its own does not pay
 
-void run(const BatchNorm& a) {
-  run_batch_norm(a, [](int64_t n, const auto& body) { parallel_for(n, CHUNKS, body); });
-}
-
-void run(const BatchNormBackward& a) {
-  run_batch_norm(a, [](int64_t n, const auto& body) { parallel_for(n, CHUNKS, body); });
+template <class Arguments>
+void run(const Arguments& a) {
+  const auto chunks = [](int64_t n, const auto& body) { parallel_for(n, CHUNKS, body); };
+  a.half ? batch_norm_loop<bf16>(a, chunks) : batch_norm_loop<float>(a, chunks);
 }
 
 // ---- the operations -----------------------------------------------------------------------------
 
 template <class Arguments>
-void dispatch(const Arguments& a, [[maybe_unused]] const Tensor& beside) {
+void dispatch(const Arguments& a, const Tensor& beside) {
+  if (!on_card(beside)) return run(a);
 #ifdef USE_CUDA
-  if (beside.is_cuda()) {
-    const auto device = beside.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    void* stream = nullptr;
-    if (aoti_torch_get_current_cuda_stream(device, &stream))
-      throw std::runtime_error("no current CUDA stream on device " + std::to_string(device));
-    if (const char* why = launch(a, stream)) throw std::runtime_error(std::string("CUDA: ") + why);
-    return;
-  }
+  const auto index = beside.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  void* stream = nullptr;
+  expect(!aoti_torch_get_current_cuda_stream(index, &stream), "no stream on device ", index);
+  const char* const why = launch(a, stream);
+  expect(!why, "CUDA: ", why);
 #endif
-  run(a);
 }
-
-constexpr auto F32 = ScalarType::Float, BF16 = ScalarType::BFloat16, I64 = ScalarType::Long;
 
 void masked_sgd_(Tensor weights, Tensor momentum, Tensor gradient, Tensor mask, Tensor lr,
                  double mu, double weight_decay, std::optional<Tensor> low) {
-  expect("weights", weights, {F32}, {-1, -1}, weights);
-  const int64_t rows = weights.size(0), columns = weights.size(1);
-  expect("momentum", momentum, {F32}, {rows, columns}, weights);
-  expect("gradient", gradient, {F32}, {rows, columns}, weights);
-  expect("mask", mask, {ScalarType::Bool}, {rows, -1}, weights);
-  expect("mask", mask.size(1) <= columns, "no wider than weights", mask.size(1));
-  expect("lr", lr, {F32}, {1}, weights);
-  if (low) expect("low", *low, {BF16}, {rows, columns}, weights);
-  if (rows * columns == 0) return;
+  expect("weights", weights, F32, {-1, -1}, weights);
+  const Sizes shape = weights.sizes();
+  expect("momentum", momentum, F32, shape, weights);
+  expect("gradient", gradient, F32, shape, weights);
+  expect("mask", mask, ScalarType::Bool, {shape[0], -1}, weights);
+  expect(mask.size(1) <= shape[1], "mask must be no wider than weights, got ", mask.size(1));
+  expect("lr", lr, F32, {1}, weights);
+  if (low) expect("low", *low, BF16, shape, weights);
+  if (weights.numel() == 0) return;
   dispatch(Sgd{data<float>(weights), data<float>(momentum), data<float>(gradient),
                data<uint8_t>(mask), data<float>(lr), float(mu), float(weight_decay),
-               low ? data<bf16>(*low) : nullptr, rows, columns, mask.size(1)},
+               low ? data<bf16>(*low) : nullptr, shape[0], shape[1], mask.size(1)},
            weights);
 }
 
-void check_logits(const char* argument, const Tensor& logits, const Tensor& labels) {
-  expect(argument, logits, {F32}, {-1, -1}, logits);
+void expect_logits(const char* argument, const Tensor& logits, const Tensor& labels) {
+  expect(argument, logits, F32, {-1, -1}, logits);
   const int64_t n = logits.size(0), classes = logits.size(1);
-  expect(argument, classes > 0 && classes < (1 << 30), "of 1 to 2^30 - 1 classes", classes);
-  expect("labels", labels, {I64}, {n}, logits);
-  if (logits.is_cpu()) check_range("labels", data<int64_t>(labels), n, classes);
+  expect(classes > 0 && classes < (1 << 30), argument, " must be of 1 to 2^30 - 1 classes, got ",
+         classes);
+  expect("labels", labels, I64, {n}, logits);
+  expect_range("labels", labels, classes);
 }
 
 std::tuple<Tensor, Tensor, Tensor> example_losses(Tensor logits, Tensor labels) {
-  check_logits("logits", logits, labels);
+  expect_logits("logits", logits, labels);
   const int64_t n = logits.size(0);
-  const Tensor loss = torch::stable::new_empty(logits, {n}),
-               error = torch::stable::new_empty(logits, {n}),
-               norm = torch::stable::new_empty(logits, {n});
+  const Tensor loss = floats(logits, n), error = floats(logits, n),
+               norm = floats(logits, n);
   if (n > 0)
     dispatch(Losses{data<float>(logits), data<int64_t>(labels), data<float>(loss),
                     data<float>(error), data<float>(norm), n, logits.size(1)},
@@ -318,35 +280,33 @@ std::tuple<Tensor, Tensor, Tensor> example_losses(Tensor logits, Tensor labels) 
 
 std::tuple<Tensor, Tensor> loss_barrier(Tensor middle, Tensor first, Tensor second, Tensor labels,
                                         double alpha) {
-  check_logits("middle", middle, labels);
-  const int64_t n = middle.size(0), classes = middle.size(1);
-  expect("first", first, {F32}, {n, classes}, middle);
-  expect("second", second, {F32}, {n, classes}, middle);
-  const Tensor loss = torch::stable::new_empty(middle, {n}),
-               error = torch::stable::new_empty(middle, {n});
+  expect_logits("middle", middle, labels);
+  expect("first", first, F32, middle.sizes(), middle);
+  expect("second", second, F32, middle.sizes(), middle);
+  const int64_t n = middle.size(0);
+  const Tensor loss = floats(middle, n), error = floats(middle, n);
   if (n > 0)
     dispatch(Barrier{data<float>(middle), data<float>(first), data<float>(second),
                      data<int64_t>(labels), float(alpha), data<float>(loss), data<float>(error), n,
-                     classes},
+                     middle.size(1)},
              middle);
   return {loss, error};
 }
 
 Tensor augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor shift,
                ScalarType dtype) {
-  expect("images", images, {ScalarType::Byte}, {-1, -1, -1, -1}, images);
+  expect("images", images, ScalarType::Byte, {-1, -1, -1, -1}, images);
   const int64_t count = images.size(0), height = images.size(1), width = images.size(2),
                 channels = images.size(3), batch = indices.numel();
-  expect("images", height * width * channels < (1 << 30), "of fewer than 2^30 values an image",
-         height * width * channels);
-  expect("indices", indices, {I64}, {-1}, images);
-  expect("crops", crops, {I64}, {batch, 3}, images);
-  expect("scale", scale, {F32}, {channels}, images);
-  expect("shift", shift, {F32}, {channels}, images);
-  if (dtype != F32 && dtype != BF16)
-    throw std::runtime_error("dtype must be float32 or bfloat16, got " + name(dtype));
-  expect("indices", batch < INT32_MAX, "fewer than 2^31 - 1", batch);
-  if (images.is_cpu()) check_range("indices", data<int64_t>(indices), batch, count);
+  const int64_t values = height * width * channels;
+  expect(values < (1 << 30), "images must be of fewer than 2^30 values each, got ", values);
+  expect(batch < INT32_MAX, "indices must be fewer than 2^31 - 1, got ", batch);
+  expect("indices", indices, I64, {-1}, images);
+  expect("crops", crops, I64, {batch, 3}, images);
+  expect("scale", scale, F32, {channels}, images);
+  expect("shift", shift, F32, {channels}, images);
+  expect(dtype == F32 || dtype == BF16, "dtype must be Float or BFloat16, got ", dtype);
+  expect_range("indices", indices, count);
   const Tensor out = torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt,
                                           images.device(), std::nullopt,
                                           torch::headeronly::MemoryFormat::ChannelsLast);
@@ -358,59 +318,43 @@ Tensor augment(Tensor images, Tensor indices, Tensor crops, Tensor scale, Tensor
   return out;
 }
 
-// Channels-last, float32 or bfloat16, on the device of `beside`; of its shape and type if not it.
-void expect_channels_last(const char* argument, const Tensor& t, const Tensor& beside) {
-  const auto type = t.scalar_type();
-  const auto sizes = t.sizes(), strides = t.strides(), wanted = beside.sizes();
-  bool ok = sizes.size() == 4 && wanted.size() == 4 && (type == F32 || type == BF16) &&
-            type == beside.scalar_type() && t.is_cpu() == beside.is_cpu() &&
-            t.get_device_index() == beside.get_device_index();
-  int64_t dense = 1;
-  for (int i : {1, 3, 2, 0}) {
-    ok = ok && sizes[i] == wanted[i] && (sizes[i] == 1 || strides[i] == dense);
-    if (ok) dense *= sizes[i];
-  }
-  if (ok) return;
-  throw std::runtime_error(std::string(argument) + " must be a channels-last " +
-                           shape_text(wanted) + " tensor of " +
-                           (beside.scalar_type() == BF16 ? "bfloat16" : "float32") + " on " +
-                           device_text(beside) + ", got " + shape_text(sizes) + " " + name(type) +
-                           " on " + device_text(t));
+// x and what has its shape, type and layout, each under its name.
+void expect_images(const Tensor& x, std::initializer_list<std::pair<const char*, Tensor>> others) {
+  const auto type = x.scalar_type() == BF16 ? BF16 : F32;
+  expect("x", x, type, {-1, -1, -1, -1}, x, true);
+  expect(x.numel() > x.size(1), "x must be of more than one value a channel");
+  for (const auto& [argument, t] : others) expect(argument, t, type, x.sizes(), x, true);
 }
 
-Tensor partial_sums(const Tensor& x, int64_t channels) {
-#ifdef USE_CUDA
-  if (x.is_cuda()) return torch::stable::new_empty(x, {PARTS, channels, 2}, ScalarType::Double);
-#endif
-  return x;  // on the CPU the loops have their own
+Sums* partial_sums(std::optional<Tensor>& room, const Tensor& x) {
+  if (!on_card(x)) return nullptr;  // on the CPU the loops have their own
+  room = torch::stable::new_empty(x, {PARTS, x.size(1), 2}, ScalarType::Double);
+  return data<Sums>(*room);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
     Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var, std::optional<Tensor> residual, double momentum, double eps,
     bool relu) {
-  expect_channels_last("x", x, x);
-  const int64_t channels = x.size(1), pixels = x.size(0) * x.size(2) * x.size(3);
-  expect("x", pixels > 1, "of more than one value a channel", pixels);
-  expect("x", channels > 0, "of at least one channel", channels);
-  expect("weight", weight, {F32}, {channels}, x);
-  expect("bias", bias, {F32}, {channels}, x);
-  if (running_mean.has_value() != running_var.has_value())
-    throw std::runtime_error("running_mean and running_var must both be given, or neither");
+  expect_images(x, {{"residual", residual.value_or(x)}});
+  const int64_t channels = x.size(1);
+  expect("weight", weight, F32, {channels}, x);
+  expect("bias", bias, F32, {channels}, x);
+  expect(running_mean.has_value() == running_var.has_value(),
+         "running_mean and running_var must both be given, or neither");
   if (running_mean) {
-    expect("running_mean", *running_mean, {F32}, {channels}, x);
-    expect("running_var", *running_var, {F32}, {channels}, x);
+    expect("running_mean", *running_mean, F32, {channels}, x);
+    expect("running_var", *running_var, F32, {channels}, x);
   }
-  if (residual) expect_channels_last("residual", *residual, x);
-  const Tensor y = torch::stable::empty_like(x),
-               mean = torch::stable::new_empty(x, {channels}, F32),
-               rstd = torch::stable::new_empty(x, {channels}, F32),
-               partial = partial_sums(x, channels);
+  const Tensor y = torch::stable::empty_like(x), mean = floats(x, channels),
+               rstd = floats(x, channels);
+  std::optional<Tensor> room;
   dispatch(BatchNorm{x.data_ptr(), residual ? residual->data_ptr() : nullptr, y.data_ptr(),
                      x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
                      running_mean ? data<float>(*running_mean) : nullptr,
                      running_var ? data<float>(*running_var) : nullptr, data<float>(mean),
-                     data<float>(rstd), data<Sums>(partial), pixels, channels, momentum, eps, relu},
+                     data<float>(rstd), partial_sums(room, x), x.numel() / channels, channels,
+                     momentum, eps, relu ? 0.0f : NAN},
            x);
   return {y, mean, rstd};
 }
@@ -418,26 +362,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
     Tensor dy, Tensor x, std::optional<Tensor> y, Tensor weight, Tensor bias, Tensor mean,
     Tensor rstd, bool relu) {
-  expect_channels_last("x", x, x);
-  expect_channels_last("dy", dy, x);
-  const int64_t channels = x.size(1), pixels = x.size(0) * x.size(2) * x.size(3);
-  expect("x", x.numel() > 0, "of at least one value", x.numel());
-  if (y) {
-    expect_channels_last("y", *y, x);
-    expect("relu", relu, "true where y is given", relu);
-  }
+  expect_images(x, {{"dy", dy}, {"y", y.value_or(x)}});
+  expect(relu || !y, "y must be given with relu only");
+  const int64_t channels = x.size(1);
   for (const Tensor* t : {&weight, &bias, &mean, &rstd})
-    expect("weight, bias, mean and rstd", *t, {F32}, {channels}, x);
+    expect("weight, bias, mean and rstd", *t, F32, {channels}, x);
   const Tensor dx = torch::stable::empty_like(x),
                dresidual = y ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0}),
-               dweight = torch::stable::new_empty(x, {channels}, F32),
-               dbias = torch::stable::new_empty(x, {channels}, F32),
-               partial = partial_sums(x, channels);
+               dweight = floats(x, channels), dbias = floats(x, channels);
+  std::optional<Tensor> room;
   dispatch(BatchNormBackward{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr,
                              dx.data_ptr(), y ? dresidual.data_ptr() : nullptr,
                              x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
                              data<float>(mean), data<float>(rstd), data<float>(dweight),
-                             data<float>(dbias), data<Sums>(partial), pixels, channels, relu},
+                             data<float>(dbias), partial_sums(room, x), x.numel() / channels,
+                             channels, relu ? 0.0f : NAN},
            x);
   return {dx, dweight, dbias, dresidual};
 }

@@ -12,14 +12,12 @@ namespace {
 
 constexpr int THREADS = 256;
 
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T at[N];
-};
-
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 
-bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+template <class... Pointers>
+bool aligned(size_t bytes, Pointers... p) {
+  return (... && (reinterpret_cast<uintptr_t>(p) % bytes == 0));
+}
 
 const char* launched() {
   const cudaError_t error = cudaGetLastError();
@@ -30,47 +28,41 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- masked SGD ---------------------------------------------------------------------------------
 
-// Four weights a thread (V = 4), or one where the rows do not start on 16 bytes; a row of blocks
-// for each row of weights.
-template <int V, bool LOW>
-__global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a, const bool mask_packed) {
+// V weights a thread: four where all rows start on 16 bytes; a row of blocks for each row.
+template <int V>
+__global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a) {
   const int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * V;
   if (i >= a.columns) return;
+  const float lr = a.lr[0];
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     const int64_t at = row * a.columns + i;
-    Pack<float, V>* const to_w = reinterpret_cast<Pack<float, V>*>(a.weights + at);
-    Pack<float, V>* const to_m = reinterpret_cast<Pack<float, V>*>(a.momentum + at);
-    Pack<float, V>* const to_g = reinterpret_cast<Pack<float, V>*>(a.gradient + at);
-    Pack<float, V> w = *to_w, m = *to_m;
-    const Pack<float, V> g = *to_g;
-    const uint8_t* const mask = a.mask + row * a.prunable + i;
+    auto w = pack<V>(a.weights + at), m = pack<V>(a.momentum + at);
+    const auto g = pack<V>(a.gradient + at);
     Pack<uint8_t, V> alive;
-    if (mask_packed && i + V <= a.prunable) {
-      alive = *reinterpret_cast<const Pack<uint8_t, V>*>(mask);
+    if (i < a.prunable) {
+      alive = pack<V>(a.mask + row * a.prunable + i);
     } else {
 #pragma unroll
-      for (int k = 0; k < V; ++k) alive.at[k] = i + k < a.prunable ? mask[k] : 1;
+      for (int k = 0; k < V; ++k) alive.at[k] = 1;
     }
-    const float lr = a.lr[0];
     Pack<bf16, V> low;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       sgd(w.at[k], m.at[k], g.at[k], alive.at[k] != 0, lr, a.mu, a.weight_decay);
       put(low.at[k], w.at[k]);
     }
-    *to_w = w;
-    *to_m = m;
-    *to_g = Pack<float, V>{};
-    if (LOW) *reinterpret_cast<Pack<bf16, V>*>(a.low + at) = low;
+    pack<V>(a.weights + at) = w;
+    pack<V>(a.momentum + at) = m;
+    pack<V>(a.gradient + at) = {};
+    if (a.low) pack<V>(a.low + at) = low;
   }
 }
 
-template <int V, bool LOW>
+template <int V>
 const char* launch_sgd(const Sgd& a, cudaStream_t stream) {
   const dim3 grid(unsigned(divide_up(a.columns, int64_t(V) * THREADS)),
                   unsigned(a.rows < 65535 ? a.rows : 65535));
-  const bool mask_packed = a.prunable % V == 0 && aligned(a.mask, V);
-  sgd_kernel<V, LOW><<<grid, THREADS, 0, stream>>>(a, mask_packed);
+  sgd_kernel<V><<<grid, THREADS, 0, stream>>>(a);
   return launched();
 }
 
@@ -154,45 +146,24 @@ const char* launch_rows(void (*few)(Arguments), void (*many)(Arguments), const A
 
 // ---- augmentation -------------------------------------------------------------------------------
 
-// A block for each image of the batch; a thread writes 16 bytes at a time.
-template <int V, class Out>
+// A block for each image of the batch.
+template <class Out>
 __global__ void __launch_bounds__(THREADS) augment_kernel(const Augment a) {
   const int64_t b = blockIdx.x;
-  const int height = int(a.height), width = int(a.width), channels = int(a.channels);
-  const int up = int(a.crops[3 * b]), left = int(a.crops[3 * b + 1]);
-  const bool mirrored = a.crops[3 * b + 2] > 0;
-  const int total = height * width * channels;
-  const int64_t index = a.indices[b];
-  const bool known = index >= 0 && index < a.count;
-  const uint8_t* const image = a.images + (known ? index : 0) * total;
-  Out* const out = static_cast<Out*>(a.out) + b * total;
-  for (int64_t i = int64_t(threadIdx.x) * V; i < total; i += THREADS * V) {
-    const int pixel = int(i) / channels;
-    int c = int(i) - pixel * channels, y = pixel / width, x = pixel - y * width;
-    Pack<Out, V> pack;
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const int from_y = y + up, from_x = (mirrored ? width - 1 - x : x) + left;
-      const bool inside = known && from_y >= 0 && from_y < height && from_x >= 0 && from_x < width;
-      const uint8_t value = inside ? image[(from_y * width + from_x) * channels + c] : 0;
-      put(pack.at[k], known ? normalise(value, a.scale[c], a.shift[c]) : not_a_number());
-      if (++c == channels) {
-        c = 0;
-        if (++x == width) x = 0, ++y;
-      }
-    }
-    *reinterpret_cast<Pack<Out, V>*>(out + i) = pack;
+  const int width = int(a.width), channels = int(a.channels);
+  const int total = int(a.height) * width * channels;
+  const bool known = a.indices[b] >= 0 && a.indices[b] < a.count;
+  for (int64_t i = threadIdx.x; i < total; i += THREADS) {
+    const int pixel = int(i) / channels, c = int(i) - pixel * channels, y = pixel / width;
+    const uint8_t* const from = known ? source(a, b, y, pixel - y * width) : nullptr;
+    const float value = normalise(from ? from[c] : 0, a.scale[c], a.shift[c]);
+    put(static_cast<Out*>(a.out)[b * total + i], known ? value : not_a_number());
   }
 }
 
 template <class Out>
 const char* launch_augment(const Augment& a, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(Out);
-  const unsigned batch = unsigned(a.batch);
-  if (a.height * a.width * a.channels % V == 0 && aligned(a.out, 16))
-    augment_kernel<V, Out><<<batch, THREADS, 0, stream>>>(a);
-  else
-    augment_kernel<1, Out><<<batch, THREADS, 0, stream>>>(a);
+  augment_kernel<Out><<<unsigned(a.batch), THREADS, 0, stream>>>(a);
   return launched();
 }
 
@@ -202,10 +173,9 @@ const char* launch_augment(const Augment& a, cudaStream_t stream) {
 
 const char* launch(const Sgd& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const bool packed = a.columns % 4 == 0 && aligned(a.weights, 16) && aligned(a.momentum, 16) &&
-                      aligned(a.gradient, 16) && aligned(a.low, 4 * sizeof(bf16));
-  if (packed) return a.low ? launch_sgd<4, true>(a, s) : launch_sgd<4, false>(a, s);
-  return a.low ? launch_sgd<1, true>(a, s) : launch_sgd<1, false>(a, s);
+  const bool packed = a.columns % 4 == 0 && a.prunable % 4 == 0 && aligned(4, a.mask) &&
+                      aligned(8, a.low) && aligned(16, a.weights, a.momentum, a.gradient);
+  return packed ? launch_sgd<4>(a, s) : launch_sgd<1>(a, s);
 }
 
 const char* launch(const Losses& a, void* stream) {

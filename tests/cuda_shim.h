@@ -1,6 +1,7 @@
 // Runs ops.cu on the CPU: the threads of a block are fibers that take turns, blocks follow each
 // other. A launch is shim::launch(grid, threads, kernel call), written so by the test.
 #pragma once
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -12,9 +13,6 @@
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-struct uint4 {
-  uint32_t x, y, z, w;
 };
 typedef void* cudaStream_t;
 typedef int cudaError_t;
@@ -30,10 +28,10 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 namespace shim {
 
-inline dim3 block, grid, block_size;
-inline unsigned current;
-inline float lanes[4096];
-inline int waiting, alive, generation;
+inline dim3 block, grid;
+inline unsigned current, threads;
+inline float lanes[2][512];
+inline unsigned waiting, alive, generation;
 inline ucontext_t host;
 inline std::vector<ucontext_t> fibers;
 inline std::vector<bool> done;
@@ -45,44 +43,52 @@ struct ThreadIndex {
   } x;
 };
 
-inline void yield() { swapcontext(&fibers[current], &host); }
+inline void next_fiber() {
+  const unsigned from = current;
+  if (!alive) setcontext(&host);
+  do current = (current + 1) % threads;
+  while (done[current]);
+  if (current != from) swapcontext(&fibers[from], &fibers[current]);
+}
+
+inline void release() {
+  if (waiting == alive) waiting = 0, ++generation;
+}
 
 inline void barrier() {
-  const int mine = generation;
-  if (++waiting == alive) waiting = 0, ++generation;
-  while (generation == mine) yield();
+  const unsigned mine = generation;
+  ++waiting;
+  release();
+  while (generation == mine) next_fiber();
 }
 
 inline void body() {
   kernel();
   done[current] = true;
   --alive;
-  if (alive && waiting == alive) waiting = 0, ++generation;
-  swapcontext(&fibers[current], &host);
+  release();
+  next_fiber();
 }
 
-inline void launch(dim3 blocks, unsigned threads, const std::function<void()>& call) {
-  constexpr size_t STACK = 128 << 10;
-  static std::vector<char> stacks;
-  stacks.resize(threads * STACK);
+inline void launch(dim3 blocks, unsigned size, const std::function<void()>& call) {
+  constexpr size_t STACK = 64 << 10;
+  static std::vector<char> stacks(512 * STACK);
+  __asan_unpoison_memory_region(stacks.data(), stacks.size());  // fibers do not return
   kernel = call;
   grid = blocks;
-  block_size = dim3(threads);
+  threads = size;
   for (block.y = 0; block.y < grid.y; ++block.y)
     for (block.x = 0; block.x < grid.x; ++block.x) {
       fibers.assign(threads, {});
       done.assign(threads, false);
-      alive = int(threads), waiting = 0;
+      alive = threads, waiting = current = 0;
       for (unsigned t = 0; t < threads; ++t) {
         getcontext(&fibers[t]);
         fibers[t].uc_stack.ss_sp = stacks.data() + t * STACK;
         fibers[t].uc_stack.ss_size = STACK;
-        fibers[t].uc_link = &host;
         makecontext(&fibers[t], body, 0);
       }
-      while (alive)
-        for (current = 0; current < threads; ++current)
-          if (!done[current]) swapcontext(&host, &fibers[current]);
+      swapcontext(&host, &fibers[0]);
     }
 }
 
@@ -91,7 +97,6 @@ inline void launch(dim3 blocks, unsigned threads, const std::function<void()>& c
 inline shim::ThreadIndex threadIdx;
 #define blockIdx shim::block
 #define gridDim shim::grid
-#define blockDim shim::block_size
 
 inline void __syncthreads() { shim::barrier(); }
 inline float __int_as_float(int x) {
@@ -100,15 +105,10 @@ inline float __int_as_float(int x) {
   return y;
 }
 template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <class T>
 T __shfl_xor_sync(unsigned, T x, int offset) {  // all threads of the block must come here
-  T y;
-  memcpy(&shim::lanes[shim::current], &x, sizeof x);
+  float* const mine = shim::lanes[shim::generation % 2];  // the other half may still be read
+  memcpy(&mine[shim::current], &x, sizeof x);
   shim::barrier();
-  memcpy(&y, &shim::lanes[shim::current ^ unsigned(offset)], sizeof y);
-  shim::barrier();
-  return y;
+  memcpy(&x, &mine[shim::current ^ unsigned(offset)], sizeof x);
+  return x;
 }
