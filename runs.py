@@ -420,6 +420,7 @@ class Signals:
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.number = 0
 
     def __call__(self, number: int, frame: Any) -> None:
         again, self.number = self.number, self.number or number

@@ -6,6 +6,7 @@ import os
 # convolutions of oneDNN, which in torch 2.15 write out of bounds for 4 channels.
 os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 
+import signal
 import sys
 from pathlib import Path
 
@@ -22,14 +23,25 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_a_signal():
+    """What a test leaves noted or armed would end all of pytest in a later one."""
+    import runs
+
+    yield
+    left = runs.signals.number, runs.signals.waits, signal.setitimer(signal.ITIMER_REAL, 0)[0]
+    runs.signals.number, runs.signals.waits = 0, False
+    assert left == (0, False, 0), "a signal, its deferral or its alarm was left behind"
+
+
 @pytest.fixture
 def stage(tmp_path):
     """Calls a stage's main as its command line would: stage("imp", "--levels", 1)."""
 
     def call(name: str, *flags, out: Path = tmp_path / "results"):
         module = __import__(name)
-        words = [str(f) for f in (*flags, "--out", out, "--data-dir", ROOT / "data", "--quiet")]
-        return module.main(module.flags().parse_args(words))
+        words = ("--out", out, "--data-dir", ROOT / "data", "--quiet", *flags)
+        return module.main(module.flags().parse_args([str(word) for word in words]))
 
     return call
 
@@ -51,3 +63,33 @@ def image_folder(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture
+def pretended_card(request, monkeypatch):
+    """A card for which csrc is built if it can be, or, with the parameter "definitions", is not."""
+    import inspect
+    from types import SimpleNamespace
+
+    import torch
+    from pretend_card import Card
+
+    import common
+
+    call, wanted = common.operations().batch_norm_relu, getattr(request, "param", "any")
+    built = call is not common.DEFINITIONS["batch_norm_relu"]
+    if wanted == "csrc" and not built:
+        pytest.skip("no compiler: csrc is not built")
+    devices = inspect.getclosurevars(call).nonlocals["devices"] if built else []
+    if wanted == "definitions":
+        plain = SimpleNamespace(**common.DEFINITIONS)
+        monkeypatch.setattr(common, "operations", lambda: plain)
+    caches = (common.cuda_streams, common.permutation)
+    for cache in caches:
+        cache.cache_clear()
+    devices.append("cuda")
+    with Card(monkeypatch) as card, torch.autograd.set_multithreading_enabled(False):
+        yield card
+    devices.remove("cuda")
+    for cache in caches:
+        cache.cache_clear()

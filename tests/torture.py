@@ -6,12 +6,13 @@
     python tests/torture.py --only disk,crowd    parts of it: kills, signals, disk, crowd, long
     python tests/torture.py --short              a few of each, in under a minute (in the tests)
 
-Every stage runs on the embedded digits with networks of a few channels, a checkpoint after every 16
-steps at most. torch is imported once; each run is a fork of this process, which is what makes
-hundreds of kills cheap. Kills come at random times, and at random file operations: with half a file
-written, before and after its rename, before a file is removed. A run is started again until it is
-done; then every result.json, score, mask, weight and barrier is compared with those of a run that
-nobody disturbed, tensors and arrays by their bytes, tables without the columns of seconds.
+Every stage runs on the embedded digits, with --short on 80 images, with networks of a few channels
+and a checkpoint after every 16 steps at most. torch is imported once; each run is a fork of this
+process, which is what makes hundreds of kills cheap. Kills come at random times, and at random file
+operations: with half a file written, before and after its rename, before a file is removed. A run
+is started again until it is done; then every result.json, score, mask, weight and barrier is
+compared with those of a run that nobody disturbed, tensors and arrays by their bytes, tables
+without the columns of seconds.
 """
 
 import argparse
@@ -53,6 +54,7 @@ CASES = {  # name -> stage and flags, short enough to be killed often
     "pretrain": "pretrain --subset random --size 64 --rewind 30 --track gradient-norm,coherence "
     "--every 10",
 }
+SHORT = {"imp": "--rewind 4 --levels 1 --steps 12 --milestones 9", "el2n": "--score-step 16"}
 VARIES = {"seconds", "steps_per_second", "sha256", "environments", "run", "file"}
 
 
@@ -109,26 +111,29 @@ def wait(pid: int, limit: float, log: Path) -> int:
 class Case:
     """A stage with its flags, and what it leaves when nobody disturbs it."""
 
-    def __init__(self, name: str, place: Path):
+    def __init__(self, name: str, place: Path, short: bool = False):
         self.name, self.place = name, place
         self.log = place / f"{name}.log"
-        self.flags = [*CASES[name].split(), *SMALL]
-        whole = place / f"{name}-whole"
+        stage, *own = CASES[name].split()
+        self.flags = [stage, *SMALL, *own, "--data-dir", str(ROOT / "data")]
+        if short:
+            shared = ("--dataset", str(pictures(place)), "--data-dir", str(place / "data"))
+            self.flags += [*SHORT.get(name, "").split(), *shared]
+        undisturbed = place / f"{name}-undisturbed"
         began = time.monotonic()
-        self.run(whole)
+        self.run(undisturbed)
         self.seconds = time.monotonic() - began
-        self.expected = state_of(whole)
+        self.expected = state_of(undisturbed)
         counted, count = place / f"{name}-counted", place / f"{name}.count"
         self.run(counted, lambda: crash(-1, count))
         shutil.rmtree(counted)
         sizes = [int(line) for line in count.read_text().splitlines()]
         self.operations, self.largest = len(sizes), max(sizes)
-        final = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
+        final = sum(p.stat().st_size for p in undisturbed.rglob("*") if p.is_file())
         self.bytes = max(final, self.largest)  # without so much space it cannot end
 
     def words(self, out: Path, *more: str) -> list[str]:
-        data = ROOT / "data"
-        own = ("--out", str(out), "--data-dir", str(data), "--device", "cpu", "--quiet")
+        own = ("--out", str(out), "--device", "cpu", "--quiet")
         return [*self.flags, *own, "--checkpoint-every", "0", *more]
 
     def start(self, out: Path, prepare: Callable[[], Any] = lambda: None, *more: str) -> int:
@@ -151,8 +156,8 @@ class Case:
         for name in sorted(self.expected.keys() | state.keys()):
             a, b = self.expected.get(name), state.get(name)
             if a != b:
-                told = "is missing" if b is None else "was left over" if a is None else "differs"
-                raise Failed(f"{name} {told}{first_difference(a, b)}")
+                how = "is missing" if b is None else "was left over" if a is None else "differs"
+                raise Failed(f"{name} {how}{first_difference(a, b)}")
 
 
 def plain(value: Any) -> Any:
@@ -213,25 +218,25 @@ def crash(at: int, count: Path | None = None) -> None:
             fill(f)
             point(f)
 
-        whole_write(path, fill_and_die)
+        usual_write(path, fill_and_die)
 
     def replace(*paths) -> None:
         point()
-        whole_replace(*paths)
+        usual_replace(*paths)
         point()
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if path.exists():
             point()
-        whole_unlink(path, missing_ok)
+        usual_unlink(path, missing_ok)
 
-    whole_write, whole_replace, whole_unlink = runs.write, os.replace, Path.unlink
+    usual_write, usual_replace, usual_unlink = runs.write, os.replace, Path.unlink
     runs.write, os.replace, Path.unlink = write, replace, unlink
 
 
 def refuse(at: int, number: int) -> None:
     """Lets write number `at` of this process, and all later ones, fail after half of it."""
-    seen, whole_write = itertools.count(), runs.write
+    seen, usual_write = itertools.count(), runs.write
 
     def write(path: Path, fill: Callable) -> None:
         def half(f) -> None:
@@ -240,7 +245,7 @@ def refuse(at: int, number: int) -> None:
                 os.ftruncate(f.fileno(), f.tell() // 2)
                 raise OSError(number, os.strerror(number))
 
-        whole_write(path, half)
+        usual_write(path, half)
 
     runs.write = write
 
@@ -278,9 +283,9 @@ def kills(cases: list[Case], draw: random.Random, count: int, until: float | Non
             by_case[case.name] += 1
         shutil.rmtree(out)
         finished += 1
-    told = ", ".join(f"{n} {k}" for k, n in by_case.items() if n)
+    each = ", ".join(f"{n} {k}" for k, n in by_case.items() if n)
     return (
-        f"{killed} kills ({told}), {starts} starts, {finished} runs done, all as if undisturbed; "
+        f"{killed} kills ({each}), {starts} starts, {finished} runs done, all as if undisturbed; "
         f"{time.monotonic() - began:.0f} s"
     )
 
@@ -295,7 +300,7 @@ def signals(cases: list[Case], draw: random.Random, count: int) -> str:
         while True:
             number = draw.choice((signal.SIGTERM, signal.SIGINT))
             in_step = sent < count and draw.random() < 0.5
-            hook = (lambda n=number: raise_in_step(n, draw.randrange(60))) if in_step else None
+            hook = (lambda n=number: raise_in_step(n, draw.randrange(30))) if in_step else None
             pid = case.start(out, hook or (lambda: None), "--checkpoint-every", "1e9")
             before = time.monotonic()
             if not in_step and sent < count:
@@ -355,28 +360,29 @@ def disk(cases: list[Case], draw: random.Random, short: bool) -> str:
     for case in cases:
         out = case.place / f"{case.name}-refused"
         for number in (errno.ENOSPC,) if short else (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            for at in draw.sample(range(case.operations // 3), 2 if short else 6):
+            for at in draw.sample(range(case.operations // 3), 1 if short else 6):
                 hook = functools.partial(refuse, at, number)
                 if case.run(out, hook, os.strerror(number)) or draw.random() < 0.5:
                     finish(case, out)  # else the next refusal finds it half way
                 failed += 1
         finish(case, out)
-        for size in (1000, case.largest // 2, case.largest - 1):
+        sizes = (1000, case.largest // 2, case.largest - 1)
+        for size in sizes[-1:] if short else sizes:
             limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
             hook = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
             if case.run(out, hook, os.strerror(errno.EFBIG)):
                 raise Failed(f"{case.name} ended well with files of at most {size} bytes")
             limited += 1
         finish(case, out)
-    told = f"{failed} refused writes, {limited} size limits"
+    counts = f"{failed} refused writes, {limited} size limits"
     if os.environ.get("TORTURE_MOUNTS") != "1":  # see main
-        return f"{told}; no small disks: mounting is not allowed here"
+        return f"{counts}; no small disks: mounting is not allowed here"
     for case in cases:
         out, least = case.place / f"{case.name}-small", 16
         out.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "small", out], check=True)
         try:
-            for _ in range(2 if short else 6):
+            for _ in range(1 if short else 6):
                 least = draw.randrange(least, int(case.bytes * 0.95) // 1024)
                 remount(out, f"size={least // 4 * 4}k")
                 if case.run(out, expect=os.strerror(errno.ENOSPC)):
@@ -397,23 +403,31 @@ def disk(cases: list[Case], draw: random.Random, short: bool) -> str:
             case.compare(out)
         finally:
             subprocess.run(["umount", out], check=True)
-    return f"{told}, {full} full disks, {len(cases)} read-only ones; one line each, then as usual"
+    return f"{counts}, {full} full disks, {len(cases)} read-only ones; one line each, then as usual"
 
 
 def remount(place: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
 
 
-def crowd(place: Path) -> str:
-    """Twenty processes on one results folder, one set of scores and one cache of decoded images;
-    two on one run; a decoder killed at work."""
+def pictures(place: Path) -> Path:
+    """A folder data set of 80 training and 80 test images, random pixels."""
     from PIL import Image
 
     pixels = random.Random(0)
     for split, label, k in itertools.product(("train", "test"), ("cat", "dog"), range(40)):
         path = place / "pictures" / split / label / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.frombytes("L", (8, 8), pixels.randbytes(64)).save(path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.frombytes("L", (8, 8), pixels.randbytes(64)).save(path)
+    return place / "pictures"
+
+
+def crowd(place: Path, size: int) -> str:
+    """That many processes on one results folder, one set of scores and one cache of decoded images;
+    two on one run; a decoder killed at work."""
+    pictures(place)
+    shutil.rmtree(place / "data", ignore_errors=True)
     flags = "imp --subset easy --size 32 --rewind 4 --levels 1 --steps 12 --width 2 --batch-size 16"
     shared = ("--dataset", str(place / "pictures"), "--device", "cpu", "--quiet")
 
@@ -430,17 +444,17 @@ def crowd(place: Path) -> str:
     os.kill(pid, signal.SIGKILL)
     if wait(pid, 5, log) != -signal.SIGKILL or list((place / "data").glob("*.npz")):
         raise Failed("the decoder was not killed while decoding")
-    if wait(start(words("alone", "data", "--replicate", "0-18"), log), 60, log):
+    if wait(start(words("alone", "data", "--replicate", f"0-{size - 2}"), log), 60, log):
         raise Failed(f"after a killed decoder:\n{log.read_text()}")
 
-    began, logs = time.monotonic(), [place / f"crowd{k}.log" for k in range(20)]
+    began, logs = time.monotonic(), [place / f"crowd{k}.log" for k in range(size)]
     pids = [
-        start(words("together", "fresh", "--replicate", str(k % 19)), log)
+        start(words("together", "fresh", "--replicate", str(k % (size - 1))), log)
         for k, log in enumerate(logs)
     ]
     statuses = [wait(pid, 240, log) for pid, log in zip(pids, logs, strict=True)]
     seconds = time.monotonic() - began
-    holders = [k for k in (0, 19) if statuses[k] == 2]
+    holders = [k for k in (0, size - 1) if statuses[k] == 2]
     if len(holders) > 1 or any(s for k, s in enumerate(statuses) if k not in holders):
         texts = "\n".join(log.read_text() for log in logs)
         raise Failed(f"statuses {statuses}:\n{texts}")
@@ -450,10 +464,10 @@ def crowd(place: Path) -> str:
     if alone != together:
         raise Failed(f"a crowd changes {first_difference(alone, together)}")
     caches = len(list((place / "fresh").glob("*.npz")))
-    waited = sum("waiting for" in log.read_text() for log in logs)
+    waited = sum("waiting: " in log.read_text() for log in logs)
     return (
-        f"20 processes at once, {waited} waited, {len(holders)} refused, {caches} cache, results "
-        f"as of one process; {seconds:.0f} s"
+        f"{size} processes at once, {waited} waited, {len(holders)} refused, {caches} cache, "
+        f"results as of one process; {seconds:.0f} s"
     )
 
 
@@ -470,7 +484,7 @@ def slow_decoding() -> None:
 
 def long_life(place: Path, short: bool) -> str:
     """Memory, open files and the log over many steps with checkpoints, and over many levels."""
-    steps, levels, told = (800, 16, []) if short else (10_000, 200, [])
+    steps, levels, found = (200, 8, []) if short else (10_000, 200, [])
     small = "--width 2 --batch-size 16 --milestones 4"
     pretrain = f"pretrain --subset random --size 16 --rewind {steps} --steps {steps + 1} {small}"
     prune = f"imp --rewind 0 --steps 6 --levels {levels} --prune-fraction 0.01 {small}"
@@ -492,9 +506,11 @@ def long_life(place: Path, short: bool) -> str:
         if late > early + 8 or len(files) > 1:
             raise Failed(f"{name}: {early} MiB, then {late}; open files {files}")
         [lines] = [len(p.read_text().splitlines()) for p in out.rglob("log.csv")]
-        told.append(f"{name}: {early} MiB, then {late}, {max(files)} open files, {lines} log lines")
+        found.append(
+            f"{name}: {early} MiB, then {late}, {max(files)} open files, {lines} log lines"
+        )
         shutil.rmtree(out)
-    return "; ".join(told)
+    return "; ".join(found)
 
 
 def sample(path: Path) -> None:
@@ -540,26 +556,26 @@ def main() -> int:
     for stage in {words.split()[0] for words in CASES.values()}:
         __import__(stage)
     draw, place = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="torture-"))
-    began, failed = time.monotonic(), 0
+    began, failed, short = time.monotonic(), 0, args.short
     until = None if args.hours is None else began + 3600 * args.hours
     try:
         needed = {"kills", "signals", "disk"} & {*args.only.split(",")}
-        cases = [Case(name, place) for name in args.cases.split(",") if needed]
+        cases = [Case(name, place, short) for name in args.cases.split(",") if needed]
         for part in args.only.split(","):
             try:
                 if part == "kills":
-                    told = kills(cases, draw, 8 if args.short else args.kills, until)
+                    found = kills(cases, draw, 5 if short else args.kills, until)
                 elif part == "signals":
-                    told = signals(cases, draw, 6 if args.short else 60)
+                    found = signals(cases, draw, 4 if short else 60)
                 elif part == "disk":
-                    told = disk(cases[:2] if args.short else cases, draw, args.short)
+                    found = disk(cases[:1] if short else cases, draw, short)
                 elif part == "crowd":
-                    told = crowd(place)
+                    found = crowd(place, 8 if short else 20)
                 else:
-                    told = long_life(place, args.short)
+                    found = long_life(place, short)
             except Failed as e:
-                failed, told = failed + 1, f"FAILED: {e}"
-            print(f"{part}: {told}", flush=True)
+                failed, found = failed + 1, f"FAILED: {e}"
+            print(f"{part}: {found}", flush=True)
         print(f"{time.monotonic() - began:.0f} s, torch {torch.__version__}, seed {args.seed}")
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,189 @@
+"""The CUDA path of the engine and of every stage without a card, on that of pretend_card.py."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pretend_card import CARD, Stream
+from test_gpu import finish, training
+from torture import pictures
+
+import common
+import runs
+
+SMALL = ("--width", 4, "--batch-size", 32, "--steps", 12, "--milestones", 9)
+SUBSET = ("--subset", "random", "--size", 32)
+
+
+@pytest.fixture
+def card(pretended_card):
+    return pretended_card
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+STAGES = {
+    "imp": "imp --rewind 4 --levels 1 --control shuffle",
+    "imp in bf16": "imp --rewind 4 --levels 1 --precision bf16",
+    "lmc": "lmc --rewind 4 --children 2 --alphas 3 --batchnorm recompute",
+    "warmup": "warmup --peak-lr 0.4 --warmup 5 --sharpness-every 100 --sharpness-sample 8",
+    "pretrain": "pretrain --subset easy --rewind 8 --every 4",
+    "el2n": "el2n --networks 2 --score-step 6",
+    "forgetting": "el2n --networks 2 --metric forgetting",
+}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_every_stage_gives_the_numbers_of_the_cpu(card, stage, tmp_path, capsys, case):
+    name, *flags = STAGES[case].split()
+    flags = [*SMALL, *(SUBSET if name != "el2n" else ()), "--precision", "fp32", *flags]
+    flags += ["--dataset", pictures(tmp_path), "--data-dir", tmp_path]
+    if name == "pretrain":
+        np.save(tmp_path / "mine.npy", np.random.default_rng(0).random(80, np.float32))
+        flags += ["--scores", tmp_path / "mine.npy", "--track", "gradient-norm,coherence,accuracy"]
+    for device in ("cuda:0", "cpu"):
+        stage(name, *flags, "--device", device, out=tmp_path / device[:4])
+    assert "going on without" not in capsys.readouterr().err
+    assert card.replays and not any(graph.races for graph in card.graphs)
+    files = [p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.*")]
+    for file in (f for f in files if f.suffix in (".pt", ".npy", ".json")):
+        agree(*(read(tmp_path / device / file) for device in ("cuda", "cpu")), str(file))
+
+
+def read(path):
+    kinds = {".npy": np.load, ".pt": runs.read_tensors, ".json": runs.read_json}
+    return kinds[path.suffix](path)
+
+
+def agree(a, b, name: str) -> None:
+    """An evaluation sums in batches of another size; training gives the same bits."""
+    if name in ("file", "environments") or name.startswith(("run", "sec", "steps_", "sha", "fin")):
+        return
+    if isinstance(b, dict | list):
+        assert len(a) == len(b), name
+        for k in b if isinstance(b, dict) else range(len(b)):
+            agree(a[k], b[k], str(k) if isinstance(b, dict) else name)
+    elif isinstance(b, torch.Tensor | np.ndarray):
+        one, other = torch.as_tensor(a), torch.as_tensor(b)
+        torch.testing.assert_close(one, other, equal_nan=True, msg=name)
+    else:
+        assert a == (pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(b, float) else b), name
+
+
+# ---- the graph -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pretended_card", "first", "further"),
+    [("csrc", 118, 111), ("definitions", 195, 177)],
+    indirect=["pretended_card"],
+)
+def test_launches_of_a_step_do_not_creep_up(pretended_card, first, further):
+    """ResNet-20 in bfloat16: operations that are not views, each a launch or more."""
+    for rows in (1, 2):
+        finish(training("graph", "bf16", range(rows), stop=4, depth=20))
+    counts = [len(graph.launches) for graph in pretended_card.graphs]
+    assert counts[0] <= first and counts[1] - counts[0] <= further, counts
+
+
+def test_rows_are_parallel_branches_of_streams_made_once(card):
+    for rows in (1, 4, 4):
+        finish(training("graph", "bf16", range(rows), stop=4))
+        assert card.made <= 32
+    one, *others = card.graphs
+    for graph in others:
+        assert len(graph.launches) > 3 * one.depth and graph.depth == one.depth
+        assert not graph.races
+    pool = common.cuda_streams(CARD)
+    assert len({stream.id for stream in pool}) == len(pool)  # the first captures: no branch's
+
+
+HOST_READS = {
+    "item": lambda x: x.sum().item(),
+    "cpu": lambda x: x.cpu(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "equal": lambda x: torch.equal(x, x),
+    "from the host": lambda x: torch.tensor([1.0], device=x.device),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+}
+
+
+@pytest.mark.parametrize("kind", HOST_READS)
+def test_a_step_that_waits_for_the_device_is_noticed(card, capsys, kind):
+    def watch(networks, row, step, indices, logits):
+        HOST_READS[kind](logits)
+
+    finish(training("graph", stop=5, watch=watch))
+    assert "CUDA graph failed, going on without" in capsys.readouterr().err
+    assert card.replays == 0
+
+
+def test_operands_on_two_devices_are_noticed(card):
+    t = training("graph", stop=2)
+    t.data.shift = t.data.shift.cpu()
+    with pytest.raises(RuntimeError, match="operands on two devices"):
+        finish(t)
+
+
+def test_accesses_that_no_event_orders_are_noticed(card):
+    x, streams = torch.zeros(4, device=CARD), [Stream(1), Stream(2)]
+    for second, races in (((slice(0, 2)), 1), (slice(2, 4), 0)):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=card.pool[0]):
+            for stream, part in zip(streams, (slice(0, 2), second), strict=True):
+                with common.beside(stream):
+                    x[part].add_(1)
+        assert len(graph.races) >= races and bool(graph.races) == bool(races)
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+def test_a_signal_while_the_host_waits_saves_a_checkpoint(card, tmp_path, monkeypatch):
+    """SIGTERM in each wait for the device; the command again ends with the same numbers."""
+    import pretrain
+
+    waits, at = [], [None]
+
+    def wait():
+        waits.append(runs.signals.waits)
+        if len(waits) - 1 == at[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(out):
+        words = [
+            *map(str, SMALL + SUBSET),
+            "--rewind",
+            "10",
+            "--every",
+            "2",
+            "--track",
+            "gradient-norm",
+        ]
+        words += ["--device", "cuda:0", "--quiet", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        waits.clear()
+        runs.run_stage(pretrain.main, pretrain.flags())
+        [path] = out.rglob("result.json")
+        return json.loads(path.read_text())["pretrain"]["fingerprint"]
+
+    card.wait = wait
+    expected, count = run(tmp_path / "undisturbed"), len(waits)
+    assert count >= 4 and all(waits)  # before the capture, for tables in flight, at the end
+    for number in (0, 1, count - 1):
+        at[0] = number
+        with pytest.raises(SystemExit) as e:
+            run(tmp_path / str(number))
+        assert e.value.code == 128 + signal.SIGTERM
+        assert list((tmp_path / str(number)).rglob("checkpoint.pt"))
+        at[0] = None
+        assert run(tmp_path / str(number)) == expected
+    assert math.isclose(signal.getitimer(signal.ITIMER_REAL)[0], 0)
