@@ -554,5 +554,5 @@ def test_figures_name_a_damaged_log_and_go_on(copied, capsys, content):
     [folder] = copied.glob("imp/*/*/rep0")
     (folder / "result.json").unlink()
     (folder / "log.csv").write_bytes(content + b"\nlevel01,3\n")
-    assert [r.folder.name for r in figures.read_runs(copied) if r.stage == "imp"] == ["rep1"]
+    assert [r.folder.name for r in figures.read_runs(copied) if r.place[0] == "imp"] == ["rep1"]
     assert "skipped: " in capsys.readouterr().err
