@@ -6,7 +6,8 @@
 loader    what one writes first, and what the paper's time ran: torchvision transforms in a
           DataLoader, torch.optim.SGD, the mask multiplied in (autocast to bfloat16 on a GPU)
 resident  the same loop with data and augmentation on the device
-then the engines of common.py, with BatchNorm by torch (plain) or fused, and several rows. Each
+then the engines of common.py, with BatchNorm by torch (plain) or fused, and several rows; on a GPU
+the graph also as --fast has it (fast), beside the exact one. Each
 figure is the median of --repeats timings, taken in turns so that what else the machine does falls
 on all alike; warm-up is apart. The user's loops run in processes of their own, without what the
 stages set for theirs (`runs.keep_freed_memory`). The last column is the share of the ceiling:
@@ -42,7 +43,7 @@ def flags() -> files.Parser:
     parser.add_argument("--classes", type=files.positive, default=10, help="of random images [10]")
     parser.add_argument("--rows", type=files.numbers, default=(1, 4), help="networks [1,4]")
     parser.add_argument("--repeats", type=files.positive, default=5, help="timings [5]")
-    ways = "comma-separated part of loader,resident,plain,eager,graph [all]"
+    ways = "comma-separated part of loader,resident,plain,eager,graph,fast [all]"
     parser.add_argument("--only", default="", help=ways)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     return parser
@@ -156,7 +157,10 @@ def apart(name: str):
 
 def engine(args: argparse.Namespace, data: common.Data, name: str, rows: int):
     """Steps of common.train under an engine; one training goes on through all timings."""
-    args = argparse.Namespace(**vars(args) | {"engine": "graph" if name == "graph" else "eager"})
+    kind, fast = "graph" if name in ("graph", "fast") else "eager", name == "fast"
+    args = argparse.Namespace(**{**vars(args), "engine": kind})
+    numerics = {"enabled": True, "benchmark": fast, "deterministic": not fast}
+    numerics["allow_tf32"] = fast or args.precision == "bf16"
     networks = common.Networks(common.make_model(args, data), rows, args.device)
     for r in range(rows):
         networks.load(r, common.fresh_state(args, data, r))
@@ -172,8 +176,9 @@ def engine(args: argparse.Namespace, data: common.Data, name: str, rows: int):
         first = done
         fused = common.batch_norm_relu
         common.batch_norm_relu = fused.definition if name == "plain" else fused
-        while done < first + count:
-            done = next(steps)
+        with torch.backends.cudnn.flags(**numerics):
+            while done < first + count:
+                done = next(steps)
         common.batch_norm_relu = fused
         return done - first
 
@@ -299,7 +304,7 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.serve:
         return serve(args, data)
     ways = dict(LOOPS)
-    for name in ("plain", "eager", *(["graph"] if cuda else [])):
+    for name in ("plain", "eager", *(["graph", "fast"] if cuda else [])):
         for rows in args.rows:
             ways[f"{name} x{rows}"] = (name, rows)
     chosen = args.only.split(",") if args.only else [k.split()[0] for k in ways]
