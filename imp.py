@@ -150,8 +150,8 @@ def finished(result: dict | None, levels: int) -> bool:
 
 def conclude(run: runs.Run, levels: int) -> None:
     """result.json from the files of the levels."""
-    done = [run.load(f"level{k:02d}.pt") for k in range(levels + 1) if run.has(f"level{k:02d}.pt")]
-    numbers = [d["numbers"] for d in done]
+    done = [name for k in range(levels + 1) if run.has(name := f"level{k:02d}.pt")]
+    numbers = [run.load(name)["numbers"] for name in done]
     run.finish({"pretrain": common.about_start(run), "levels": numbers, "ended": run.ended})
 
 

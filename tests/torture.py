@@ -519,9 +519,10 @@ def sample(path: Path) -> None:
 
     def write_and_tell(*args) -> None:
         write(*args)
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page >> 20
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        own = (resident - shared) * page >> 20  # a fork maps the libraries anew, page by page
         with open(path, "a") as f:
-            f.write(f"{resident} {len(os.listdir('/proc/self/fd'))}\n")
+            f.write(f"{own} {len(os.listdir('/proc/self/fd'))}\n")
 
     runs.write = write_and_tell
 
