@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import signal
@@ -543,6 +544,14 @@ def test_cinic10_is_read_from_its_archive(tmp_path, image_folder, monkeypatch):
     monkeypatch.setitem(common.CINIC10, "md5", "0" * 32)
     with pytest.raises(UserError, match=r"cannot get cinic10 .* put CINIC-10\.tar\.gz \(MD5 0000"):
         common.load_data("cinic10", tmp_path, CPU, quiet=True)
+
+
+def test_the_readme_says_what_a_preset_gives():
+    text = (common.HERE / "README.md").read_text()
+    for field in dataclasses.fields(common.Preset):
+        values = (getattr(p, field.name) for p in common.PRESETS.values())
+        cells = [", ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
+        assert f"| `--{field.name.replace('_', '-')}` | {' | '.join(cells)} |" in text
 
 
 @pytest.mark.parametrize(
