@@ -432,7 +432,7 @@ while (($#)); do
 done
 out=${out%/} cores=$(nproc 2>/dev/null || echo 1)
 if [[ -n $quick ]]; then
-    datasets=(digits) levels=3 sharpness=100 R=0-1 extra=(--steps=200 "--milestones=100,150")
+    datasets=(digits) levels=3 sharpness=100 R=0-1 extra=(--steps=150 "--milestones=75,112")
     : "${jobs:=$((cores < 2 ? 1 : 2))}"
 fi
 : "${jobs:=$((${#gpus[@]} ? ${#gpus[@]} : 1))}"
