@@ -403,11 +403,13 @@ def skip(progress: tqdm, steps: int) -> None:
 
 class Signals:
     """SIGINT and SIGTERM: inside `deferred` they are only noted, and the run saves itself when the
-    step in hand is done; elsewhere, a second time, or after `PATIENCE` seconds, it is left at once.
+    step in hand is done; elsewhere, once more, or after `PATIENCE` seconds, it is left at once.
+    Within `TWICE` seconds of the first a signal is the same one: schedulers send it to every
+    process, and a script around this one sends it on.
     """
 
-    PATIENCE = 20
-    number, waits = 0, False
+    PATIENCE, TWICE = 20, 1
+    number, waits, since = 0, False, 0.0
 
     def __enter__(self) -> None:
         self.number = 0
@@ -423,7 +425,10 @@ class Signals:
         self.number = 0
 
     def __call__(self, number: int, frame: Any) -> None:
-        again, self.number = self.number, self.number or number
+        again, now = self.number, time.monotonic()
+        if again and number != signal.SIGALRM and now < self.since + self.TWICE:
+            return
+        self.number, self.since = again or number, now
         if again or not self.waits:
             raise Interrupted(self.number)
         signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)

@@ -389,7 +389,8 @@ def test_a_signal_in_a_step_saves_a_checkpoint_with_the_alarm_off(tmp_path, monk
 
     def augment_and_signal(*args, **kwargs):
         if next(seen) == 9:
-            os.kill(os.getpid(), number)
+            for _ in range(2):  # as Slurm does, and the script around a run
+                os.kill(os.getpid(), number)
             timers.append(signal.getitimer(signal.ITIMER_REAL)[0])
         return augment(*args, **kwargs)
 
