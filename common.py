@@ -166,6 +166,10 @@ def operations() -> Any:
     return csrc.load(DEFINITIONS) or argparse.Namespace(**DEFINITIONS)
 
 
+def are_compiled() -> bool:
+    return operations().masked_sgd_ is not DEFINITIONS["masked_sgd_"]
+
+
 @fused
 def masked_sgd_(
     weights: Tensor,
@@ -540,32 +544,6 @@ def score_settings(args: argparse.Namespace) -> dict:
     return {k: getattr(args, k) for k in ("depth", "width", "seed", *SCORE_KEYS)}
 
 
-def train_scorers(
-    args: argparse.Namespace,
-    data: Data,
-    run: Run,
-    phase: str,
-    milestones: tuple[int, ...] = (),
-    count_events: Callable[["Training"], None] = lambda t: None,
-) -> "Training":
-    """The K networks of Definition 2.1, trained side by side for --score-step steps."""
-    labels = noisy_labels(data, args.label_noise, args.seed)
-    networks = Networks(make_model(args, data), args.networks, args.device)
-    streams = []
-    for k in range(args.networks):
-        networks.load(k, fresh_state(args, data, SCORERS + k))
-        streams.append(make_stream(args, data, SCORERS + k, labels=labels))
-    schedule = step_schedule(args.lr, milestones)
-    training = Training(args, data, networks, streams, 0, args.score_step, schedule)
-    count_events(training)
-    with runs.progress_bar(args.score_step * args.networks, args.quiet) as progress:
-        fit(training, [run], phase, progress)
-    for k, step in enumerate(networks.diverged.tolist()):
-        if step >= 0:
-            raise UserError(f"network {k} diverged at step {step}: lower --lr ({args.lr:g})")
-    return training
-
-
 def save_scores(
     folder: Path,
     each: np.ndarray,
@@ -591,25 +569,58 @@ def save_scores(
     runs.write_json(folder / "scores.json", about)
 
 
-def make_scores(args: argparse.Namespace, data: Data) -> Path:
+def make_scores(
+    args: argparse.Namespace,
+    data: Data,
+    name: str,
+    settings: dict,
+    score: Callable[["Training", Run], Tensor],
+    milestones: tuple[int, ...] = (),
+    count_events: Callable[["Training"], None] = lambda t: None,
+) -> Path:
+    """Scores by `settings["metric"]`, made in the run folder `name` unless they are there; their
+    path. The K networks of Definition 2.1 train side by side for --score-step steps, and
+    `score(training, run)` gives theirs (K, N)."""
+    with open_runs(args, "el2n", name, settings, [None]) as [run]:
+        if run.result is None or not run.has("scores.npy") or not run.has("scores.json"):
+            labels = noisy_labels(data, args.label_noise, args.seed)
+            networks = Networks(make_model(args, data), args.networks, args.device)
+            streams = []
+            for k in range(args.networks):
+                networks.load(k, fresh_state(args, data, SCORERS + k))
+                streams.append(make_stream(args, data, SCORERS + k, labels=labels))
+            schedule = step_schedule(args.lr, milestones)
+            training = Training(args, data, networks, streams, 0, args.score_step, schedule)
+            count_events(training)
+            with runs.progress_bar(args.score_step * args.networks, args.quiet) as progress:
+                fit(training, [run], settings["metric"], progress)
+            for k, step in enumerate(networks.diverged.tolist()):
+                if step >= 0:
+                    problem = f"network {k} diverged at step {step}"
+                    raise UserError(f"{problem}: lower --lr ({args.lr:g})")
+            about = {k: settings[k] for k in ("metric", "networks", "score_step")}
+            about["made_with"] = score_settings(args)
+            each = score(training, run).cpu().numpy()
+            save_scores(run.folder, each, labels, args, data, **about)
+            run.finish({"scores": "scores.npy", "seconds": run.seconds, "ended": None})
+        about = runs.read_json(run.folder / "scores.json", "metric")
+    order = " ".join(about["classes_from_easy_to_hard"])
+    made = f"{about['metric']} of {data.name}, {about['networks']} networks"
+    print(f"{made}; from easy to hard: {order}")
+    return run.folder / "scores.npy"
+
+
+def make_el2n(args: argparse.Namespace, data: Data) -> Path:
     """EL2N scores (Definition 2.1, Appendix A), made unless they are there; their path."""
-    args, path = scoring(args), scores_path(args)
+    args = scoring(args)
     settings = settings_of(args, data, "networks", "score_step", "label_noise")
     del settings["steps"], settings["milestones"]  # networks early in training: no matter how long
-    settings["metric"] = "el2n"
-    with open_runs(args, "el2n", path.parent.name, settings, [None]) as [run]:
-        if run.result is None or not run.has("scores.npy") or not run.has("scores.json"):
-            training = train_scorers(args, data, run, "el2n")
-            labels = training.streams[0].labels
-            norms = evaluate(training.networks, data, data.train_images, labels)[2].cpu().numpy()
-            about = {"metric": "el2n", "networks": args.networks, "score_step": args.score_step}
-            about["made_with"] = score_settings(args)
-            save_scores(run.folder, norms, labels, args, data, **about)
-            run.finish({"scores": "scores.npy", "seconds": run.seconds, "ended": None})
-    about = runs.read_json(path.with_suffix(".json"), "metric")
-    order = " ".join(about["classes_from_easy_to_hard"])
-    print(f"el2n of {data.name}, {args.networks} networks; from easy to hard: {order}")
-    return path
+
+    def score(t: Training, run: Run) -> Tensor:
+        return evaluate(t.networks, data, data.train_images, t.streams[0].labels)[2]
+
+    name = scores_path(args).parent.name
+    return make_scores(args, data, name, settings | {"metric": "el2n"}, score)
 
 
 def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
@@ -618,7 +629,7 @@ def read_scores(args: argparse.Namespace, data: Data) -> np.ndarray:
     if not path:
         path, remedy = scores_path(args), ": el2n.py --fresh makes the scores again"
         if not (path.exists() and path.with_suffix(".json").exists()):
-            make_scores(args, data)
+            make_el2n(args, data)
     beside = path.with_suffix(".json")
     try:
         scores = runs.read_npy(path)
@@ -1630,7 +1641,7 @@ def environment(args: argparse.Namespace) -> dict:
         "device": device,
         "threads": torch.get_num_threads(),
         "engine": args.engine,
-        "csrc": operations().masked_sgd_ is not DEFINITIONS["masked_sgd_"],
+        "csrc": are_compiled(),
     }
 
 

@@ -57,17 +57,11 @@ def forgetting_scores(state: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.where(state["learned"], state["forgotten"], state["seen"].amax(1, keepdim=True))
 
 
-def score_forgetting(args: argparse.Namespace, data: common.Data, run: runs.Run) -> None:
-    """Leaves scores.npy, scores.json and never_learned.npy of the K networks in the run."""
-    schedule = args.milestones
-    training = common.train_scorers(args, data, run, "forgetting", schedule, count_forgetting)
+def score_forgetting(training: common.Training, run: runs.Run) -> torch.Tensor:
+    """(K, N) of the K networks; leaves never_learned.npy in the run."""
     never = 1 - training.extra["learned"].float().mean(0)
     runs.write_array(run.folder / "never_learned.npy", never.cpu().numpy())
-    events = forgetting_scores(training.extra).cpu().numpy()
-    about = {k: getattr(args, k) for k in ("metric", "networks", "score_step")}
-    about["made_with"] = common.score_settings(args)
-    common.save_scores(run.folder, events, training.streams[0].labels, args, data, **about)
-    run.finish({"scores": "scores.npy", "seconds": run.seconds, "ended": None})
+    return forgetting_scores(training.extra)
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -79,9 +73,9 @@ def run_name(args: argparse.Namespace) -> str:
 
 def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     """(folder, network-steps, done) of what the command makes; reads no data."""
-    whole_training = args.metric == "forgetting" and args.score_step is None
+    to_the_end = args.metric == "forgetting" and args.score_step is None
     common.fill(args)
-    args.score_step = args.steps if whole_training else args.score_step
+    args.score_step = args.steps if to_the_end else args.score_step
     folder = common.run_folder(args, "el2n", run_name(args))
     done = runs.finished_result(folder) is not None and (folder / "scores.npy").exists()
     return [(folder, args.networks * args.score_step, done)]
@@ -89,22 +83,17 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Makes the scores unless they are there; returns scores.json."""
-    whole_training = args.metric == "forgetting" and args.score_step is None
+    to_the_end = args.metric == "forgetting" and args.score_step is None
     data = common.prepare(args)
     if args.metric == "el2n":
-        path = common.make_scores(args, data)
-        print(path)
-        return runs.read_json(path.with_suffix(".json"), "metric")
-    args.score_step = args.steps if whole_training else args.score_step
-    settings = common.settings_of(args, data, "metric", "networks", "score_step", "label_noise")
-    with common.open_runs(args, "el2n", run_name(args), settings, [None]) as [run]:
-        if run.result is None or not run.has("scores.npy") or not run.has("scores.json"):
-            score_forgetting(args, data, run)
-        about = runs.read_json(run.folder / "scores.json", "metric")
-    order = " ".join(about["classes_from_easy_to_hard"])
-    print(f"forgetting of {data.name}, {args.networks} networks; from easy to hard: {order}")
-    print(run.folder / "scores.npy")
-    return about
+        path = common.make_el2n(args, data)
+    else:
+        args.score_step = args.steps if to_the_end else args.score_step
+        settings = common.settings_of(args, data, "metric", "networks", "score_step", "label_noise")
+        how = score_forgetting, args.milestones, count_forgetting
+        path = common.make_scores(args, data, run_name(args), settings, *how)
+    print(path)
+    return runs.read_json(path.with_suffix(".json"), "metric")
 
 
 def score(**settings: Any) -> dict[str, Any]:

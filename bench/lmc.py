@@ -87,11 +87,7 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     cuda = args.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {args.threads} threads"
-    fused = (
-        "with csrc"
-        if common.operations().masked_sgd_ is not common.DEFINITIONS["masked_sgd_"]
-        else "without csrc"
-    )
+    fused = "with csrc" if common.are_compiled() else "without csrc"
     print(f"{name}, torch {torch.__version__}, {fused}, {args.images} images, n = {args.rounds}")
     print("                        seconds (fastest)")
     print(f"lmc.measure, {args.batchnorm:10} {min(ours):8.3f}")
