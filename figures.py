@@ -595,6 +595,12 @@ def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
         draw_levels(p, shown, title + f", {noise:.0%} noise" * bool(noise), noise)
 
 
+def at_level(curves: list[Curve], level: int) -> dict[int, Stat]:
+    """Their accuracies at a level by size."""
+    have = sorted((c for c in curves if level in c.points), key=lambda c: c.size)
+    return {c.size: c.points[level] for c in have}
+
+
 def fig3(p: Picture) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
     ours = pick(p.curves, metric={"el2n", "el2n balanced"}, control="", noise=0)
@@ -611,10 +617,7 @@ def fig3(p: Picture) -> None:
         for subset, metric in [(x, "el2n") for x in SUBSETS[1:]] + [("easy", "el2n balanced")]:
             kind = Curve(subset, 0, t, 0, metric)
             same = {"subset": subset, "metric": metric, "rewind": t, "noise": 0}
-            mine, published = (
-                {c.size: c.points[k] for c in sorted(pick(curves, **same), key=lambda c: c.size)
-                 if k in c.points} for curves in (ours, behind)
-            )  # fmt: skip
+            mine, published = at_level(pick(ours, **same), k), at_level(pick(behind, **same), k)
             draw(ax, mine, look(kind), f"{kind.what} (n={counts(mine.values())})", published)
             sizes |= {*mine, *published}
         full = [c for c in all_data(ours) if k in c.points]
@@ -1038,6 +1041,8 @@ class Job(NamedTuple):
     runs: int
     steps: int  # network-steps
     done: bool  # all runs
+    work: float  # of a network-step, in those of ResNet-20 on 128 images
+    batches: float  # in a batch of it, of imp.py on the same data
 
 
 def folded(places: Iterable[Path]) -> tuple[str, ...]:
@@ -1068,8 +1073,10 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
             reason = f"{line.strip()} ({runs.one_line(e)})"
             raise runs.UserError(f"not a command of a stage: {reason}") from e
         folders = folded(place.relative_to(args.out) for place, *_ in found)
-        steps = sum(steps for _, steps, _ in found)
-        yield Job(folders, len(found), steps, all(done for *_, done in found))
+        steps, done = sum(steps for _, steps, _ in found), all(done for *_, done in found)
+        work = (args.depth - 2) / 18 * args.batch_size / 128
+        batches = args.batch_size / common.PRESETS[args.preset].batch_size
+        yield Job(folders, len(found), steps, done, work, batches)
 
 
 def rates(found: list[Run]) -> dict[str, float]:
@@ -1086,24 +1093,17 @@ def rates(found: list[Run]) -> dict[str, float]:
     return {model: float(np.median(rate)) for model, rate in by_model.items()}
 
 
-def rate_of(stage: str, model: str, measured: dict[str, float], rate: float | None) -> float:
-    """Network-steps per second: measured, else from that of ResNet-20 on 128 images by depth and
-    batch size (warmup 1024, CINIC-10 256); NaN where there is neither."""
-    digits, depth = model.startswith("digits"), re.search(r"-resnet(\d+)", model)
-    if model in measured:
-        return measured[model] / (8 if stage == "warmup" and not digits else 1)
-    if rate is None or digits or not depth:
-        return math.nan
-    batches = 8 if stage == "warmup" else 2 if model.startswith("cinic10") else 1
-    return rate * 18 / ((int(depth[1]) - 2) * batches)
-
-
 def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) -> str:
-    """A table of jobs, runs, network-steps and hours by stage and model."""
+    """A table of jobs, runs, network-steps and hours by stage and model: at the measured rate of
+    the model, else from `rate`, that of ResNet-20 on 128 images."""
     rows: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))
     for job in jobs:
         stage, model = Path(job.folders[0]).parts[:2]
-        hours = job.steps / rate_of(stage, model, measured, rate) / 3600
+        hours = math.nan
+        if model in measured:
+            hours = job.steps * job.batches / measured[model] / 3600
+        elif rate and not model.startswith("digits"):  # whose images are smaller
+            hours = job.steps * job.work / rate / 3600
         rows[f"{stage}/{model}"] += (1, job.runs, job.steps, hours)
     rows["all"] = sum(rows.values(), np.zeros(4))
     form = "{:<30} {:>6} {:>6} {:>16} {:>10}".format

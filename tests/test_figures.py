@@ -587,15 +587,17 @@ def test_cost_of_commands(small, monkeypatch, capsys):
     """CIFAR-10 is measured at 18 steps/s; ResNet-56 on 256 images is 6 times ResNet-20 on 128."""
     lines = ["/opt/python /here/imp.py --dataset=cifar10 --replicate=0-3 --out='a b'", ""]
     lines += ["python imp.py --replicate 0", "python el2n.py --dataset=cinic10", "figures.py"]
+    lines += ["python warmup.py --dataset=cifar10 --warmup 0"]  # of 1024 images, 8 times 128
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     call("--cost", "--rate", "12", "--out", small[0])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    steps = 4 * (200 + 21 * 62200), 20 + 9 * 580, 10 * 8000
+    steps = 4 * (200 + 21 * 62200), 20 + 9 * 580, 10 * 8000, 7840
     hours = f"{steps[0] / 18 / 3600:.1f}", "-", f"{steps[2] / 2 / 3600:.1f}"
     assert rows[1] == ["imp/cifar10-resnet20", "1", "4", str(steps[0]), hours[0]]
     assert rows[2] == ["imp/digits-resnet8", "1", "1", str(steps[1]), hours[1]]
     assert rows[3] == ["el2n/cinic10-resnet56", "1", "1", str(steps[2]), hours[2]]
-    assert rows[4] == ["all", "3", "6", str(sum(steps)), "-"] and "--rate" in rows[5]
+    assert rows[4] == ["warmup/cifar10-resnet20", "1", "1", "7840", f"{7840 * 8 / 18 / 3600:.1f}"]
+    assert rows[5] == ["all", "4", "7", str(sum(steps)), "-"] and "--rate" in rows[6]
     monkeypatch.setattr(sys, "stdin", io.StringIO("echo hello\n"))
     with pytest.raises(runs.UserError, match="not a command of a stage: echo hello"):
         call("--plan")
