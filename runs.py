@@ -142,7 +142,7 @@ def tensors_in(state: dict) -> Iterator[Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote; UserError if it is not that, whole."""
+    """What `write_tensors` wrote; UserError if it is anything else, or damaged."""
     return checked_tensors(path, load_tensors(path))
 
 
@@ -160,7 +160,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path, *keys: str) -> dict:
-    """What `write_json` wrote, with these keys; UserError if it is not that, whole."""
+    """What `write_json` wrote, with these keys; UserError if it is anything else, or damaged."""
     try:
         value = json.loads(path.read_bytes())
         checksum, number = value.pop("sha256"), value.get("format", value.get("version"))
@@ -175,7 +175,7 @@ def read_json(path: Path, *keys: str) -> dict:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of an .npy; UserError if it is not that, whole. Nothing is unpickled."""
+    """The array of an .npy; UserError if it is anything else, or damaged. Nothing is unpickled."""
     if not path.is_file():  # a pipe would wait for its writer
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     try:
@@ -350,7 +350,7 @@ def differences(before: dict, now: dict) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv; UserError if it is not one, whole."""
+    """The rows of a log.csv; UserError if it is anything else, or damaged."""
     try:
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f, strict=True))
@@ -504,7 +504,8 @@ def call(main: Callable[[argparse.Namespace], Any], parser: Parser, settings: di
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words += [flag if value else f"--no-{flag[2:]}"] if value or name == "flip" else []
+            off = f"--no-{flag[2:]}"
+            words += [flag] if value else [off] * (off in parser._option_string_actions)
         elif value is not None:
             listed = isinstance(value, list | tuple | range)
             words.append(f"{flag}={','.join(map(str, value)) if listed else value}")
