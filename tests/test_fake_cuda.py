@@ -159,16 +159,8 @@ def test_a_signal_while_the_host_waits_saves_a_checkpoint(card, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGTERM)
 
     def run(out):
-        words = [
-            *map(str, SMALL + SUBSET),
-            "--rewind",
-            "10",
-            "--every",
-            "2",
-            "--track",
-            "gradient-norm",
-        ]
-        words += ["--device", "cuda:0", "--quiet", "--out", str(out)]
+        words = [*map(str, SMALL + SUBSET), "--device", "cuda:0", "--quiet", "--out", str(out)]
+        words += ["--rewind", "10", "--every", "2", "--track", "gradient-norm"]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         waits.clear()
         runs.run_stage(pretrain.main, pretrain.flags())
