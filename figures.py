@@ -186,7 +186,9 @@ def read_run(config: Path) -> Run:
     value = runs.read_json(folder / "result.json" if done else config)
     settings = (value["config"] if done else value)["settings"]
     if not done and imp:
-        rows = [x for x in runs.read_rows(folder / "log.csv") if x["phase"].startswith("level")]
+        log = folder / "log.csv"  # begun with the first level that is done
+        rows = runs.read_rows(log) if log.exists() else []
+        rows = [x for x in rows if x["phase"].startswith("level")]
         value["levels"] = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in rows]
     for key in ("dataset", "subset", "label_noise", "steps", "replicate"):
         settings[key]

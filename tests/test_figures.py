@@ -459,10 +459,12 @@ def test_pictures_and_tables_are_written(small, capsys):
     assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
 
 
-def test_a_run_in_progress_counts_and_is_marked(small):
+def test_a_run_in_progress_counts_and_is_marked(small, capsys):
     out, _ = small
     folder = out / "imp/cifar10-resnet20/easy3200-rewind200/rep1"
     (folder / "result.json").unlink()
+    assert len(figures.read_runs(out)) == 4, "in its first level it has no log yet"
+    assert not capsys.readouterr().err
     names = "phase,step,level,test_accuracy,weights_remaining,seconds,steps_per_second"
     (folder / "log.csv").write_text(f"{names}\nlevel00,62400,0,0.9,1,4,9\n")
     [[_, curve]] = [p.curves for p in read(out).pictures("imp")]
