@@ -20,11 +20,11 @@ REAL = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 FAKE = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
 # A run of the embedded digits to be interrupted in its only level.
 SMALL = ["--width=4", "--batch-size=16"]
-LONG = f"""extra=({" ".join(SMALL)} --steps=1600) levels=0 R=0
+LONG = f"""extra=({" ".join(SMALL)} --steps=800) levels=0 R=0
 use digits digits
 imp fig2 all - 0
 """
-FOLDER = "imp/digits-resnet8x4/all-rewind0-steps1600-batch16/rep0"
+FOLDER = "imp/digits-resnet8x4/all-rewind0-steps800-batch16/rep0"
 SHELL = "-o $(touch pwned) `touch pwned` 'q\" ;touch pwned; é"  # a name that is never run
 # One run that fails, on which one depends, and one that succeeds, on which one depends.
 FAMILY = """use digits digits
@@ -64,7 +64,7 @@ def wait_for(condition, seconds: float = 90) -> None:
 def undisturbed(tmp_path_factory) -> str:
     """Fingerprint of the network that LONG's run trains when nothing interrupts it."""
     out = tmp_path_factory.mktemp("undisturbed")
-    flags = ["--steps=1600", "--subset=all", "--rewind=0", "--levels=0", "--quiet", "--out", out]
+    flags = ["--steps=800", "--subset=all", "--rewind=0", "--levels=0", "--quiet", "--out", out]
     command = [sys.executable, ROOT / "imp.py", *flags, *SMALL]
     subprocess.run(command, check=True, env=REAL, cwd=ROOT)
     return trained(out / FOLDER)
