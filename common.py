@@ -903,14 +903,9 @@ class Networks:
 
     def flat_mask(self, masks: dict[str, Tensor]) -> Tensor:
         """(P,) on the device of masks by layer; UserError where they are another network's."""
+        check_shapes("masks", {name: slot.shape for name, slot in self.layers.items()}, masks)
         flat = torch.ones_like(self.mask[0])
-        if masks.keys() != self.layers.keys():
-            names = ", ".join(sorted(masks.keys() ^ self.layers.keys())[:3])
-            raise UserError(f"masks of other layers than this network's ({names})")
         for name, slot in self.layers.items():
-            if masks[name].shape != slot.shape:
-                shapes = f"{tuple(masks[name].shape)}, not {tuple(slot.shape)}"
-                raise UserError(f"the mask of {name} has shape {shapes}")
             slot.of(flat).copy_(masks[name])
         return flat
 
@@ -918,18 +913,22 @@ class Networks:
 STATE = ("weights", "momentum", "batchnorm", "diverged")
 
 
+def check_shapes(source: str, wanted: dict[str, torch.Size], tensors: dict[str, Tensor]) -> None:
+    """UserError where anything is missing, too many, or of another shape."""
+    for name in [*wanted, *tensors]:
+        if name not in tensors or name not in wanted:
+            problem = "is missing" if name not in tensors else "is not in this network"
+            raise UserError(f"{source}: {name} {problem}: another network, or --depth, --width")
+        if tensors[name].shape != wanted[name]:
+            shapes = f"{tuple(tensors[name].shape)}, this network's {tuple(wanted[name])}"
+            raise UserError(f"{source}: {name} has shape {shapes}")
+
+
 def check_fits(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, of `read_network`, if it is a network like `model`; UserError where anything is
-    missing or of another shape."""
+    """`state`, of `read_network`, if it is a network like `model`; else UserError."""
     wanted = model.state_dict()
     wanted = {k: v.shape for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
-    for name in [*wanted, *state]:
-        if name not in state or name not in wanted:
-            problem = "is missing" if name not in state else "is not in this network"
-            raise UserError(f"{source}: {name} {problem}: another network, or --depth, --width")
-        if state[name].shape != wanted[name]:
-            shapes = f"{tuple(state[name].shape)}, this network's {tuple(wanted[name])}"
-            raise UserError(f"{source}: {name} has shape {shapes}")
+    check_shapes(source, wanted, state)
     return state
 
 
@@ -1346,28 +1345,32 @@ def adopt(run: Run, start: dict[str, Any]) -> None:
         run.save("pretrained.pt", start)
 
 
-def read_start(
-    flag: str, path: Path, args: argparse.Namespace, data: Data, replicate: int, rewind: int | None
-) -> dict[str, Any]:
-    """w_tr from a pretrained.pt, or rep<k>/pretrained.pt in a folder, or a .pt with anyone's
-    state_dict and the step `rewind` it was trained to; UserError where it does not fit the data,
-    the network or the step."""
-    path = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
-    state, about = read_network(path)
-    state = check_fits(f"{flag} {path}", make_model(args, data), state)
-    start = start_from(state, data, rewind)
-    start |= {k: about[k] for k in start.keys() & about.keys() - {"model", "fingerprint"}}
-    if start["step"] is None:
-        raise UserError(f"{flag} {path}: give --rewind, the step it was trained to")
-    if start["data"] != data.fingerprint:
-        raise UserError(f"{flag} {path}: made from other data than {data.name}")
-    if rewind not in (None, start["step"]):
-        raise UserError(f"--rewind {rewind}: {path} was trained for {start['step']} steps")
-    if start["diverged"] >= 0:
-        raise UserError(f"{flag} {path}: diverged at step {start['diverged']}")
-    if start["step"] >= args.steps:
-        raise UserError(f"{flag} {path}: trained to step {start['step']} of --steps {args.steps}")
-    return start
+def read_starts(
+    flag: str, path: Path | None, args: argparse.Namespace, data: Data, rewind: int | None
+) -> dict[int, dict[str, Any]]:
+    """By replicate, w_tr from a pretrained.pt, or rep<k>/pretrained.pt in a folder, or a .pt with
+    anyone's state_dict and the step `rewind` it was trained to; UserError where one does not fit
+    the data, the network, the step or the others. Without a path, none."""
+    starts = {}
+    for replicate in args.replicate if path else ():
+        file = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
+        state, about = read_network(file)
+        state = check_fits(f"{flag} {file}", make_model(args, data), state)
+        start = start_from(state, data, rewind)
+        start |= {k: about[k] for k in start.keys() & about.keys() - {"model", "fingerprint"}}
+        if start["step"] is None:
+            raise UserError(f"{flag} {file}: give --rewind, the step it was trained to")
+        if start["data"] != data.fingerprint:
+            raise UserError(f"{flag} {file}: made from other data than {data.name}")
+        if rewind not in (None, start["step"]):
+            raise UserError(f"--rewind {rewind}: {file} was trained for {start['step']} steps")
+        if start["diverged"] >= 0:
+            raise UserError(f"{flag} {file}: diverged at step {start['diverged']}")
+        if start["step"] >= args.steps:
+            problem = f"trained to step {start['step']} of --steps {args.steps}"
+            raise UserError(f"{flag} {file}: {problem}")
+        starts[replicate], rewind = start, start["step"]
+    return starts
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1480,6 +1483,22 @@ def check(args: argparse.Namespace, data: Data) -> None:
             window = f"--size {args.size}" + f" from --offset {args.offset}" * bool(args.offset)
             raise UserError(f"{window}: {data.name} has {n} training images")
     check_model(args, data)
+
+
+def after(args: argparse.Namespace, name: str, steps: int) -> argparse.Namespace:
+    """The settings with `name` (rewind, warmup) at `steps`; at 0 no subset is trained on."""
+    one = argparse.Namespace(**{**vars(args), name: steps})
+    if steps == 0:
+        one.subset, one.label_noise = "all", 0.0
+    return one
+
+
+def check_start(args: argparse.Namespace, *names: str) -> None:
+    """UserError where one of these flags brings its own w_tr, and a subset is given too."""
+    for name in names:
+        if getattr(args, name) and (args.subset or args.size or args.label_noise):
+            remedy = "leave out --subset, --size and --label-noise"
+            raise UserError(f"--{name} brings its own pre-training: {remedy}")
 
 
 def check_rewind(step: int, steps: int) -> None:
@@ -1621,7 +1640,8 @@ def settings_of(args: argparse.Namespace, data: Data, *more: str) -> dict:
     if "subset" in more:
         used = ("size", "offset", "balance") if args.subset != "all" else ()
         settings |= {k: getattr(args, k) for k in used}
-        settings["scores"] = None if data.scores is None else fingerprint(data.scores)
+        ranked = args.subset in ("easy", "hard")
+        settings["scores"] = fingerprint(data.scores) if ranked else None
     return {"dataset": data.name, "data": data.fingerprint, **settings}
 
 

@@ -233,15 +233,13 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Searches, prints the table and the paths; returns the results, one per replicate."""
-    if args.init and (args.subset or args.size or args.label_noise):
-        remedy = "leave out --subset, --size and --label-noise"
-        raise runs.UserError(f"--init brings its own pre-training: {remedy}")
-    rewind, starts = args.rewind, {}
+    common.check_start(args, "init")
+    rewind = args.rewind
     args.rewind = 0 if args.init else rewind
     data = common.prepare(args)
-    for k in args.replicate if args.init else ():
-        starts[k] = common.read_start("--init", args.init, args, data, k, rewind)
-        args.rewind = rewind = starts[k]["step"]
+    starts = common.read_starts("--init", args.init, args, data, rewind)
+    if starts:
+        args.rewind = starts[args.replicate[0]]["step"]
     if args.control:
         ticket = argparse.Namespace(**{**vars(args), "control": None, "fresh": False})
         search_levels(ticket, data, starts)

@@ -31,7 +31,6 @@ out), so that a network's barrier with itself is 0 either way.
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -238,14 +237,6 @@ def run_name(args: argparse.Namespace) -> str:
     return common.run_name(args, origin, f"rewind{args.rewind}", more)
 
 
-def at_step(args: argparse.Namespace, step: int) -> argparse.Namespace:
-    """The settings of one spawn point; at step 0 nothing is pre-trained: no subset matters."""
-    one = argparse.Namespace(**{**vars(args), "rewind": step})
-    if step == 0 and not args.parent:
-        one.subset, one.label_noise = "all", 0.0
-    return one
-
-
 def spawn(args: argparse.Namespace, data: common.Data, starts: dict[int, dict]) -> list[runs.Run]:
     """One spawn point: pre-training, children, barriers and scores; the finished runs."""
     keys = ("subset", "label_noise", "rewind", "pretrain_lr", "children")
@@ -359,7 +350,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     common.fill(args)
     found = []
     for t in spawn_points(args):
-        one = at_step(args, t)
+        one = common.after(args, "rewind", t)
         folder = common.run_folder(one, "lmc", run_name(one))
         found += common.planned(folder, args.replicate, t + args.children * (args.steps - t))
     return found
@@ -371,10 +362,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise runs.UserError("--between takes two files or more")
     if args.alphas % 2 == 0:
         raise runs.UserError(f"--alphas {args.alphas}: an odd number has 1/2 among the values")
-    for flag in ("parent", "between"):
-        if getattr(args, flag) and (args.subset or args.size or args.label_noise):
-            remedy = "leave out --subset, --size and --label-noise"
-            raise runs.UserError(f"--{flag} brings its own pre-training: {remedy}")
+    common.check_start(args, "parent", "between")
     if args.parent and args.spawn_at and len(args.spawn_at) > 1:
         raise runs.UserError("--parent is one spawn point: give one --rewind, or none")
 
@@ -393,15 +381,11 @@ def main(args: argparse.Namespace) -> list[dict]:
     data = common.prepare(args, check_more=check_steps)
     if args.between:
         return measure_between(args, data)
-    starts, spawned = {}, []
-    for k in args.replicate if args.parent else ():
-        step = args.spawn_at[0] if args.spawn_at else None
-        starts[k] = common.read_start("--parent", args.parent, args, data, k, step)
-        args.spawn_at = (starts[k]["step"],)
-    for t in spawn_points(args):
-        one = at_step(args, t)
-        scores = None if one.subset == "all" else data.scores
-        spawned.append(spawn(one, dataclasses.replace(data, scores=scores), starts))
+    step = args.spawn_at[0] if args.spawn_at else None
+    starts = common.read_starts("--parent", args.parent, args, data, step)
+    if starts:
+        args.spawn_at = (starts[args.replicate[0]]["step"],)
+    spawned = [spawn(common.after(args, "rewind", t), data, starts) for t in spawn_points(args)]
     complete = [[run for run in group if not run.result["ended"]] for group in spawned]
     if complete := [group for group in complete if group]:
         steps = [group[0].result["pretrain"]["step"] for group in complete]

@@ -236,14 +236,6 @@ def run_name(args: argparse.Namespace) -> str:
     return common.run_name(args, common.subset_name(args), f"warmup{args.warmup}")
 
 
-def of_length(args: argparse.Namespace, length: int) -> argparse.Namespace:
-    """The settings of one length of warmup; without any the subset is never seen."""
-    one = argparse.Namespace(**{**vars(args), "warmup": length})
-    if length == 0:
-        one.subset, one.label_noise = "all", 0.0
-    return one
-
-
 def run_length(args: argparse.Namespace, data: common.Data) -> list[runs.Run]:
     """Both phases at one warmup length; the finished runs."""
     keys = ("subset", "label_noise", "warmup", "sharpness_every", "sharpness_sample")
@@ -283,7 +275,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     common.fill(args, PRESETS)
     found = []
     for length in args.lengths:
-        one = of_length(args, length)
+        one = common.after(args, "warmup", length)
         folder = common.run_folder(one, "warmup", run_name(one))
         found += common.planned(folder, args.replicate, args.steps)
     return found
@@ -293,9 +285,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     """Trains with every warmup length, prints the table and the paths; returns the results."""
     data, finished, lengths = prepare(args), [], {}
     for t in args.lengths:
-        one = of_length(args, t)
-        scores = None if one.subset == "all" else data.scores
-        group = run_length(one, dataclasses.replace(data, scores=scores))
+        group = run_length(common.after(args, "warmup", t), data)
         finished, lengths[t] = finished + group, [run.result for run in group]
     print(table(lengths))
     common.report(finished)
