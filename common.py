@@ -1485,7 +1485,7 @@ def check(args: argparse.Namespace, data: Data) -> None:
     check_model(args, data)
 
 
-def after(args: argparse.Namespace, name: str, steps: int) -> argparse.Namespace:
+def with_steps(args: argparse.Namespace, name: str, steps: int) -> argparse.Namespace:
     """The settings with `name` (rewind, warmup) at `steps`; at 0 no subset is trained on."""
     one = argparse.Namespace(**{**vars(args), name: steps})
     if steps == 0:

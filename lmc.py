@@ -350,7 +350,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     common.fill(args)
     found = []
     for t in spawn_points(args):
-        one = common.after(args, "rewind", t)
+        one = common.with_steps(args, "rewind", t)
         folder = common.run_folder(one, "lmc", run_name(one))
         found += common.planned(folder, args.replicate, t + args.children * (args.steps - t))
     return found
@@ -385,7 +385,8 @@ def main(args: argparse.Namespace) -> list[dict]:
     starts = common.read_starts("--parent", args.parent, args, data, step)
     if starts:
         args.spawn_at = (starts[args.replicate[0]]["step"],)
-    spawned = [spawn(common.after(args, "rewind", t), data, starts) for t in spawn_points(args)]
+    points = [common.with_steps(args, "rewind", t) for t in spawn_points(args)]
+    spawned = [spawn(point, data, starts) for point in points]
     complete = [[run for run in group if not run.result["ended"]] for group in spawned]
     if complete := [group for group in complete if group]:
         steps = [group[0].result["pretrain"]["step"] for group in complete]

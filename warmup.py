@@ -275,7 +275,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
     common.fill(args, PRESETS)
     found = []
     for length in args.lengths:
-        one = common.after(args, "warmup", length)
+        one = common.with_steps(args, "warmup", length)
         folder = common.run_folder(one, "warmup", run_name(one))
         found += common.planned(folder, args.replicate, args.steps)
     return found
@@ -285,7 +285,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     """Trains with every warmup length, prints the table and the paths; returns the results."""
     data, finished, lengths = prepare(args), [], {}
     for t in args.lengths:
-        group = run_length(common.after(args, "warmup", t), data)
+        group = run_length(common.with_steps(args, "warmup", t), data)
         finished, lengths[t] = finished + group, [run.result for run in group]
     print(table(lengths))
     common.report(finished)
