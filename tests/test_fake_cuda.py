@@ -144,6 +144,19 @@ def test_accesses_that_no_event_orders_are_noticed(card):
         assert len(graph.races) >= races and bool(graph.races) == bool(races)
 
 
+def test_the_convolutions_of_a_step_are_timed_in_graphs(card, monkeypatch, capsys):
+    """bench/conv.py: every pass of every layer, exact and fast, but the gradient of the images."""
+    monkeypatch.syspath_prepend(common.HERE / "bench")
+    import conv
+
+    words = "--depth 8 --width 4 --batch-size 2 --side 8 --repeats 1 --device cuda:0"
+    sums = conv.main(conv.flags().parse_args(words.split()))
+    assert sums.keys() == {"exact", "fast"} and all(min(x.values()) > 0 for x in sums.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(x.split()[0]) for x in lines[2:-2]] == [1, 2, 1, 1, 1, 1, 1, 1]
+    assert len(card.graphs) == 2 * 3 * 8 and not any(graph.races for graph in card.graphs)
+
+
 # ---- signals -------------------------------------------------------------------------------------
 
 

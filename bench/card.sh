@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The first ten minutes on a card, the surest first: build, tests, the convolutions, a step, the
+# kernels, then the same bits alone and beside others, and what SIGTERM leaves.
+#
+#   bash bench/card.sh [FOLDER]     the log, step.json and what is run go to FOLDER [results/card]
+#
+# PYTHON names the interpreter [python]. Each part ends with its status; none stops the others.
+set -uo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
+python=${PYTHON:-python} out=${1:-results/card}
+mkdir -p -- "$out" || exit
+
+part() { # SECONDS COMMAND...
+    printf '\n== %s s: %s\n' "$SECONDS" "${*:2}"
+    timeout "$@" 2>&1
+    echo "-- status $?"
+}
+
+bits() { # NAME REPLICATES: trains them side by side in a process of its own; of each its bits
+    part 120 "$python" imp.py --out "$out/$1" --replicate "$2" --subset all --rewind 0 --levels 0 --quiet
+    "$python" - "$out/$1" <<'PY'
+import pathlib, sys, runs
+for path in sorted(pathlib.Path(sys.argv[1]).glob("imp/*/*/rep*/level00.pt")):
+    print(path.parent.name, runs.fingerprint(runs.load_tensors(path)["model"]))
+PY
+}
+
+interrupted() { # SIGTERM half a minute into a run that would take hours: 143, and a checkpoint
+    "$python" imp.py --out "$out/interrupted" --subset all --rewind 0 --levels 0 --steps 10000000 \
+        --milestones 9000000 --checkpoint-every 9999 --quiet &
+    sleep "${WAIT:-30}"
+    kill -TERM $!
+    wait $!
+    echo "-- status $? (143), checkpoints: $(find "$out/interrupted" -name checkpoint.pt | wc -l) (1)"
+}
+
+{
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+    part 120 "$python" -m csrc
+    part 240 "$python" -m pytest -m gpu -q -p no:cacheprovider
+    part 60 "$python" bench/conv.py
+    part 240 "$python" bench/step.py --rows 1,4 --repeats 3 --out "$out/step.json"
+    part 60 "$python" bench/csrc.py
+    echo "the bits of rep2 must be the same"
+    bits together 0-3
+    bits alone 2
+    interrupted
+} 2>&1 | tee -- "$out/card.log"
