@@ -2,7 +2,7 @@
 # Figures 2 and 5 scaled to two CPU cores: CIFAR-10 at half its size, half the channels, 4,000 steps
 # of 32 images, 65 % of the weights pruned at each of three levels.
 #
-#   python paper/ours/half/halve.py cifar10-jpeg half-cifar10
+#   python paper/ours/half/halve.py cifar10-png half-cifar10
 #   bash run_all.sh --grid paper/ours/half/grid.sh --jobs 2
 
 use half-cifar10 cifar10

@@ -1,6 +1,6 @@
 """Writes a folder of images anew at half their size: each pixel the mean of four.
 
-python paper/ours/half/halve.py cifar10-jpeg half-cifar10
+python paper/ours/half/halve.py cifar10-png half-cifar10
 """
 
 import sys
