@@ -1195,14 +1195,17 @@ def normalise(data: Data, images: Tensor) -> Tensor:
     return (images * data.scale + data.shift).permute(0, 3, 1, 2)
 
 
+EVALUATED = {"cpu": 100, "cuda": 1000}  # images at a time; 100 are what a CPU's caches hold
+
+
 @torch.inference_mode()
 def predict(networks: Networks, data: Data, images: Tensor) -> Tensor:
     """Logits (R, N, classes) float32 of unaugmented images (N, H, W, C) uint8, BatchNorm in eval
     mode (running statistics)."""
-    logits, batch_size = [], 1000 if images.is_cuda else 100  # what a CPU's caches hold
+    logits = []
     for module in networks.modules:
         module.eval()
-        for x in images.split(batch_size):
+        for x in images.split(EVALUATED[images.device.type]):
             logits.append(module(normalise(data, x)))
         module.train()
     return torch.cat(logits).view(networks.rows, len(images), -1)

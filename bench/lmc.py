@@ -3,9 +3,9 @@
     python bench/lmc.py [--images 50000] [--rounds 5] [--threads 1]    the table of bench/lmc.md
 
 ResNet-20, random 32x32 images, random weights. Above: `lmc.measure`, all that a finished run does
-to get its barriers (networks made from children.pt, interpolation, logits, losses, suprema, arrays
-on the host). Below: six networks that stand ready, in eval mode, over batches of 1000 that lie
-normalised on the device, nothing kept. The two take turns; the figures are the fastest round of
+to get its barriers (networks made from state_dicts, interpolation, logits, losses, suprema, arrays
+on the host). Below: six networks that stand ready, in eval mode, over batches of the same size that
+lie normalised on the device, nothing kept. The two take turns; the figures are the fastest round of
 each and the median over rounds of their ratio.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import lmc
+import runs
 
 CLASSES, CHILDREN, PASSES = 10, 3, 6
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batchnorm", choices=("average", "recompute"), default="average")
     args = parser.parse_args()
+    runs.keep_freed_memory()  # as the stages do
     torch.set_num_threads(args.threads)
     args.device = common.find_device("auto")
     args.depth, args.width, args.alphas, args.seed, args.batch_size = 20, 16, 1, 0, 128
@@ -76,8 +78,9 @@ def main() -> None:
     ready = make_children(args, data).modules + make_children(args, data).modules
     for module in ready:
         module.eval()
+    size = common.EVALUATED[args.device.type]
     with torch.inference_mode():
-        batches = [common.normalise(data, x) for x in data.train_images.split(1000)]
+        batches = [common.normalise(data, x) for x in data.train_images.split(size)]
     forward(ready, batches[:1])
     lmc.measure(args, make_data(1000, args.device), states)
     ours, bare = [], []
