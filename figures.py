@@ -190,7 +190,7 @@ def read_run(config: Path) -> Run:
         rows = runs.read_rows(log) if log.exists() else []
         rows = [x for x in rows if x["phase"].startswith("level")]
         value["levels"] = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in rows]
-    for key in ("dataset", "subset", "label_noise", "steps", "replicate"):
+    for key in ("dataset", "subset", "label_noise", "steps", "batch_size", "replicate"):
         settings[key]
     for x in value["levels"] if imp else ():
         x |= {k: float(x[k]) for k in ("level", "test_accuracy", "weights_remaining")}
@@ -1043,8 +1043,8 @@ class Job(NamedTuple):
     runs: int
     steps: int  # network-steps
     done: bool  # all runs
+    images: int  # over all network-steps
     work: float  # of a network-step, in those of ResNet-20 on 128 images
-    batches: float  # in a batch of it, of imp.py on the same data
 
 
 def folded(places: Iterable[Path]) -> tuple[str, ...]:
@@ -1077,33 +1077,31 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
         folders = folded(place.relative_to(args.out) for place, *_ in found)
         steps, done = sum(steps for _, steps, _ in found), all(done for *_, done in found)
         work = (args.depth - 2) / 18 * args.batch_size / 128
-        batches = args.batch_size / common.PRESETS[args.preset].batch_size
-        yield Job(folders, len(found), steps, done, work, batches)
+        yield Job(folders, len(found), steps, done, steps * args.batch_size, work)
 
 
-def rates(found: list[Run]) -> dict[str, float]:
-    """Network-steps per second of each model, the median over the levels of imp. Replicates of one
-    folder with the same seconds trained side by side."""
-    levels = [
-        (run.place, x) for run in found if run.place[0] == "imp" for x in run.result["levels"]
-    ]
-    beside = Counter((place, x["level"], x["seconds"]) for place, x in levels)
-    by_model = grouped(
-        (place[1], x["steps_per_second"] * beside[place, x["level"], x["seconds"]])
-        for place, x in levels
-    )
+def rates(found: list[Run], images: bool = False) -> dict[str, float]:
+    """Network-steps per second of each model, or images, the median over the levels of imp.
+    Replicates of one folder with the same seconds trained side by side."""
+    runs_of_imp = [run for run in found if run.place[0] == "imp"]
+    levels = [(run, x) for run in runs_of_imp for x in run.result["levels"]]
+    beside = Counter((run.place, x["level"], x["seconds"]) for run, x in levels)
+    by_model = defaultdict(list)
+    for run, x in levels:
+        rate = x["steps_per_second"] * beside[run.place, x["level"], x["seconds"]]
+        by_model[run.place[1]].append(rate * (run.settings["batch_size"] if images else 1))
     return {model: float(np.median(rate)) for model, rate in by_model.items()}
 
 
 def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) -> str:
-    """A table of jobs, runs, network-steps and hours by stage and model: at the measured rate of
-    the model, else from `rate`, that of ResNet-20 on 128 images."""
+    """A table of jobs, runs, network-steps and hours by stage and model: by the images per second
+    that were measured of the model, else by `rate`, the steps of ResNet-20 on 128 images."""
     rows: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))
     for job in jobs:
         stage, model = Path(job.folders[0]).parts[:2]
         hours = math.nan
         if model in measured:
-            hours = job.steps * job.batches / measured[model] / 3600
+            hours = job.images / measured[model] / 3600
         elif rate and not model.startswith("digits"):  # whose images are smaller
             hours = job.steps * job.work / rate / 3600
         rows[f"{stage}/{model}"] += (1, job.runs, job.steps, hours)
@@ -1178,7 +1176,7 @@ def main(args: argparse.Namespace) -> Any:
     only = {Path(d).name for d in args.dataset or ()}
     found = [x for x in read_runs(args.out) if not only or x.settings["dataset"] in only]
     if args.cost:
-        return print(cost(read_jobs(sys.stdin), rates(found), args.rate))
+        return print(cost(read_jobs(sys.stdin), rates(found, images=True), args.rate))
     if args.rates:
         print("\n".join(f"{model} {rate:.1f}" for model, rate in rates(found).items()))
         return rates(found)

@@ -170,7 +170,7 @@ class Folders:
         folder = self.out / stage / self.model / self.name(settings) / f"rep{replicate}"
         folder.mkdir(parents=True)
         usual = {"dataset": self.data, "data": "pixels", "subset": "all", "label_noise": 0.0}
-        usual |= {"steps": 62400, "replicate": replicate, "scores": None}
+        usual |= {"steps": 62400, "batch_size": 128, "replicate": replicate, "scores": None}
         config = {"run": "1", "settings": usual | settings, "environments": []}
         runs.write_json(folder / "config.json", config)
         runs.write_json(folder / "result.json", {"config": config, "ended": None, **result})
@@ -590,16 +590,18 @@ def test_cost_of_commands(small, monkeypatch, capsys):
     lines = ["/opt/python /here/imp.py --dataset=cifar10 --replicate=0-3 --out='a b'", ""]
     lines += ["python imp.py --replicate 0", "python el2n.py --dataset=cinic10", "figures.py"]
     lines += ["python warmup.py --dataset=cifar10 --warmup 0"]  # of 1024 images, 8 times 128
+    lines += ["python imp.py --dataset=cifar10 --batch-size 64"]  # half of it
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     call("--cost", "--rate", "12", "--out", small[0])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     steps = 4 * (200 + 21 * 62200), 20 + 9 * 580, 10 * 8000, 7840
-    hours = f"{steps[0] / 18 / 3600:.1f}", "-", f"{steps[2] / 2 / 3600:.1f}"
-    assert rows[1] == ["imp/cifar10-resnet20", "1", "4", str(steps[0]), hours[0]]
+    more = steps[0] // 4
+    hours = f"{(steps[0] + more / 2) / 18 / 3600:.1f}", "-", f"{steps[2] / 2 / 3600:.1f}"
+    assert rows[1] == ["imp/cifar10-resnet20", "2", "5", str(steps[0] + more), hours[0]]
     assert rows[2] == ["imp/digits-resnet8", "1", "1", str(steps[1]), hours[1]]
     assert rows[3] == ["el2n/cinic10-resnet56", "1", "1", str(steps[2]), hours[2]]
     assert rows[4] == ["warmup/cifar10-resnet20", "1", "1", "7840", f"{7840 * 8 / 18 / 3600:.1f}"]
-    assert rows[5] == ["all", "4", "7", str(sum(steps)), "-"] and "--rate" in rows[6]
+    assert rows[5] == ["all", "5", "8", str(sum(steps) + more), "-"] and "--rate" in rows[6]
     monkeypatch.setattr(sys, "stdin", io.StringIO("echo hello\n"))
     with pytest.raises(runs.UserError, match="not a command of a stage: echo hello"):
         call("--plan")
