@@ -1195,7 +1195,9 @@ def normalise(data: Data, images: Tensor) -> Tensor:
     return (images * data.scale + data.shift).permute(0, 3, 1, 2)
 
 
-EVALUATED = {"cpu": 100, "cuda": 1000}  # images at a time; 100 are what a CPU's caches hold
+def evaluated_at_once(device: torch.device) -> int:
+    """Images of one forward pass; 100 are what a CPU's caches hold."""
+    return 1000 if device.type == "cuda" else 100
 
 
 @torch.inference_mode()
@@ -1205,7 +1207,7 @@ def predict(networks: Networks, data: Data, images: Tensor) -> Tensor:
     logits = []
     for module in networks.modules:
         module.eval()
-        for x in images.split(EVALUATED[images.device.type]):
+        for x in images.split(evaluated_at_once(images.device)):
             logits.append(module(normalise(data, x)))
         module.train()
     return torch.cat(logits).view(networks.rows, len(images), -1)

@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# The first ten minutes on a card, the surest first: build, tests, the convolutions, a step, the
-# kernels, then the same bits alone and beside others, and what SIGTERM leaves.
+# The first run on a card, the surest first: build, tests, the convolutions, a step, the kernels, then
+# the same bits alone and beside others, and what SIGTERM leaves.
 #
 #   bash bench/card.sh [FOLDER]     the log, step.json and what is run go to FOLDER [results/card]
 #
-# PYTHON names the interpreter [python]. Each part ends with its status; none stops the others.
+# Each part ends with its status, and none stops the others.
 set -uo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
-python=${PYTHON:-python} out=${1:-results/card}
+out=${1:-results/card}
+for python in "${PYTHON-}" "${VIRTUAL_ENV:-.venv}/bin/python" python python3; do
+    python=$(command -v "$python") && break
+done
 mkdir -p -- "$out" || exit
 
 part() { # SECONDS COMMAND...
     printf '\n== %s s: %s\n' "$SECONDS" "${*:2}"
-    timeout "$@" 2>&1
+    timeout -k 10 "$@" 2>&1
     echo "-- status $?"
 }
 
 bits() { # NAME REPLICATES: trains them side by side in a process of its own; of each its bits
-    part 120 "$python" imp.py --out "$out/$1" --replicate "$2" --subset all --rewind 0 --levels 0 --quiet
+    part 120 "$python" imp.py --out "$out/$1" --replicate "$2" --subset all --rewind 0 --levels 0 \
+        --fresh --quiet
     "$python" - "$out/$1" <<'PY'
 import pathlib, sys, runs
 for path in sorted(pathlib.Path(sys.argv[1]).glob("imp/*/*/rep*/level00.pt")):
@@ -27,8 +31,8 @@ PY
 
 interrupted() { # SIGTERM half a minute into a run that would take hours: 143, and a checkpoint
     "$python" imp.py --out "$out/interrupted" --subset all --rewind 0 --levels 0 --steps 10000000 \
-        --milestones 9000000 --checkpoint-every 9999 --quiet &
-    sleep "${WAIT:-30}"
+        --milestones 9000000 --checkpoint-every 9999 --fresh --quiet &
+    sleep 30
     kill -TERM $!
     wait $!
     echo "-- status $? (143), checkpoints: $(find "$out/interrupted" -name checkpoint.pt | wc -l) (1)"

@@ -4,7 +4,7 @@
     python bench/conv.py --depth 8 --batch-size 64 --side 8 --channels 1        that of the digits
 
 On a card in bfloat16, exact (cuDNN's deterministic algorithms, what runs use) beside fast (chosen
-by timing, what --fast uses), each pass 20 times in a CUDA graph; on a CPU in float32. Figures are
+by timing, what --fast uses), each pass 200 times in a CUDA graph; on a CPU in float32. Figures are
 the fastest of --repeats, in microseconds a call; the last lines are sums over a step.
 """
 
@@ -58,11 +58,12 @@ def shapes(args: argparse.Namespace) -> Counter:
 def passes(args: argparse.Namespace, shape: tuple) -> dict[str, Callable[[], object]]:
     """The three passes of a layer on random tensors."""
     before, after, side, kernel, stride = shape
+    out = -(-side // stride)
     like = {"device": args.device, "dtype": torch.bfloat16 if on_card(args) else torch.float32}
-    sizes = (args.batch_size, before, side, side), (after, before, kernel, kernel)
-    x, w = (torch.randn(*s, **like).to(memory_format=torch.channels_last) for s in sizes)
+    sizes = [(args.batch_size, before, side, side), (after, before, kernel, kernel)]
+    sizes += [(args.batch_size, after, out, out)]
+    x, w, y = (torch.randn(*s, **like).to(memory_format=torch.channels_last) for s in sizes)
     rest = [stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1
-    y = torch.ops.aten.convolution(x, w, None, *rest)
 
     def gradient(*wanted: bool) -> Callable[[], object]:
         backward = torch.ops.aten.convolution_backward
@@ -79,8 +80,9 @@ def on_card(args: argparse.Namespace) -> bool:
     return args.device.type == "cuda"
 
 
-def microseconds(args: argparse.Namespace, call: Callable[[], object], count: int = 20) -> float:
-    """Of a call, the fastest timing of `count` of them."""
+def microseconds(args: argparse.Namespace, call: Callable[[], object]) -> float:
+    """Of a call, the fastest timing of many."""
+    count = 200 if on_card(args) else 20
 
     def many() -> None:
         for _ in range(count):
@@ -89,7 +91,7 @@ def microseconds(args: argparse.Namespace, call: Callable[[], object], count: in
     run = many
     if on_card(args):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with common.beside(stream):
             many()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):

@@ -1,6 +1,7 @@
 """Barriers between three children against the six forward passes they cannot do without.
 
-    python bench/lmc.py [--images 50000] [--rounds 5] [--threads 1]    the table of bench/lmc.md
+    python bench/lmc.py --images 1000 --rounds 7 --threads 1           the table of bench/lmc.md
+    python bench/lmc.py                                                50,000 images, five rounds
 
 ResNet-20, random 32x32 images, random weights. Above: `lmc.measure`, all that a finished run does
 to get its barriers (networks made from state_dicts, interpolation, logits, losses, suprema, arrays
@@ -78,7 +79,7 @@ def main() -> None:
     ready = make_children(args, data).modules + make_children(args, data).modules
     for module in ready:
         module.eval()
-    size = common.EVALUATED[args.device.type]
+    size = common.evaluated_at_once(args.device)
     with torch.inference_mode():
         batches = [common.normalise(data, x) for x in data.train_images.split(size)]
     forward(ready, batches[:1])
