@@ -1044,7 +1044,7 @@ class Job(NamedTuple):
     steps: int  # network-steps
     done: bool  # all runs
     images: int  # over all network-steps
-    work: float  # of a network-step, in those of ResNet-20 on 128 images
+    depth: int
 
 
 def folded(places: Iterable[Path]) -> tuple[str, ...]:
@@ -1076,8 +1076,7 @@ def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
             raise runs.UserError(f"not a command of a stage: {reason}") from e
         folders = folded(place.relative_to(args.out) for place, *_ in found)
         steps, done = sum(steps for _, steps, _ in found), all(done for *_, done in found)
-        work = (args.depth - 2) / 18 * args.batch_size / 128
-        yield Job(folders, len(found), steps, done, steps * args.batch_size, work)
+        yield Job(folders, len(found), steps, done, steps * args.batch_size, args.depth)
 
 
 def rates(found: list[Run], images: bool = False) -> dict[str, float]:
@@ -1099,11 +1098,10 @@ def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) ->
     rows: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))
     for job in jobs:
         stage, model = Path(job.folders[0]).parts[:2]
-        hours = math.nan
-        if model in measured:
-            hours = job.images / measured[model] / 3600
-        elif rate and not model.startswith("digits"):  # whose images are smaller
-            hours = job.steps * job.work / rate / 3600
+        speed = measured.get(model, math.nan)
+        if math.isnan(speed) and rate and not model.startswith("digits"):  # of smaller images
+            speed = 128 * rate * 18 / (job.depth - 2)
+        hours = job.images / speed / 3600
         rows[f"{stage}/{model}"] += (1, job.runs, job.steps, hours)
     rows["all"] = sum(rows.values(), np.zeros(4))
     form = "{:<30} {:>6} {:>6} {:>16} {:>10}".format
