@@ -155,6 +155,12 @@ def test_the_convolutions_of_a_step_are_timed_in_graphs(card, monkeypatch, capsy
     lines = capsys.readouterr().out.splitlines()
     assert [int(x.split()[0]) for x in lines[2:-2]] == [1, 2, 1, 1, 1, 1, 1, 1]
     assert len(card.graphs) == 2 * 3 * 8 and not any(graph.races for graph in card.graphs)
+    backward, seen = "aten.convolution_backward.default", []
+    for graph in card.graphs:
+        seen.append({(str(function), str(args[-1])) for function, args, *_ in graph.tape})
+    one_layer = [{("aten.convolution.default", "1")}]  # of one group, its last argument
+    one_layer += [{(backward, mask)} for mask in ("[True, False, False]", "[False, True, False]")]
+    assert seen == 2 * 8 * one_layer
 
 
 # ---- signals -------------------------------------------------------------------------------------
