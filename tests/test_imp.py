@@ -244,6 +244,18 @@ def test_controls_against_their_oracles(stage, tmp_path):
     assert same(networks.state(0), levels["reinit"][0]["model"])
 
 
+def test_settings_of_a_call_are_those_of_the_command():
+    """Switches on and off, lists, ranges, what is not given; a word that is no flag."""
+    settings = {"flip": False, "quiet": True, "balance": False, "size": None, "label_noise": 0.1}
+    settings |= {"replicate": range(3), "milestones": [3, 9], "prune_fraction": 0.5}
+    called = runs.call(lambda args: args, imp.flags(), settings)
+    words = "--no-flip --quiet --label-noise 0.1 --replicate 0-2 --milestones 3,9"
+    assert called == imp.flags().parse_args([*words.split(), "--prune-fraction", "0.5"])
+    assert called.flip is False and called.replicate == (0, 1, 2)
+    with pytest.raises(runs.UserError, match="unrecognized arguments: --levles=3"):
+        runs.call(lambda args: args, imp.flags(), {"levles": 3})
+
+
 def test_a_result_in_plain_pytorch_and_back(stage, tmp_path, capsys):
     """Level 1 opens with nothing of ours but the ResNet; anyone's state_dict is a w_tr."""
     [result] = imp.search(
