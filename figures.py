@@ -1,63 +1,76 @@
-"""Every figure and table of the paper from whatever results/ holds, the paper's own curves behind.
+"""Every figure and table of the paper from the runs in results/, the paper's own curves behind.
 
-    python figures.py                               all that can be drawn, and what is missing
-    python figures.py fig2 --dataset cifar10        one
-    python figures.py examples --data-dir data      easiest and hardest images of each class
-    python figures.py --compare easy3200-rewind200 all-rewind400 --levels 1-12 --slack 1
-    bash run_all.sh --list | python figures.py --plan      what is done, and network-steps
+    python figures.py                           all that can be drawn
+    python figures.py fig2 --dataset cifar10    one figure
+    python figures.py --missing                 also the commands that make what is missing
+    python figures.py --compare easy3200-rewind200 all-rewind400 --levels 1-12
+    python figures.py --compare 'hard*' 'random*' --out results --out elsewhere
 
     fig2, fig4    accuracy against weights remaining, by subset, beside controls; under label noise
     fig3          accuracy against subset size at three levels
     fig5          loss barriers: histograms; final accuracy against barrier and pre-train accuracy
     fig6          warmup on subsets, and the sharpness (top Hessian eigenvalue)
     fig7, fig8    learning curves, coherence of gradients; norms of minibatch gradients
-    fig9          error per example at w_tr before and after projection onto a mask
+    fig9          error of each example at w_tr before and after projection onto a mask
     fig10, fig12  LMC scores and forgetting scores against EL2N, and pruning by them
     fig11, fig13  fig2 and fig4 at every size
+    prelr         learning rates of pre-training, at the same step
+    examples      easiest and hardest images of each class (not drawn unless named)
 
-Pictures (PNG, SVG) and tables (CSV, Markdown) go to results/figures/. Lines are means over
-replicates, bands sample standard deviations, n in the legend; thin lines without band are the
-paper's (paper/README.md). Tables hold difference, standard error and Welch's p.
+Writes OUT/figures/: each picture as PNG, SVG and PDF with its caption in a .txt, each table as CSV
+and Markdown, test accuracies as LaTeX, too. Lines are means over replicates, bands sample standard
+deviations; thin lines without a band are the paper's (paper/README.md). A run in progress counts
+with the levels it has, and is marked *.
 
-Verdicts over a range of levels, where "below" is by more than --slack standard errors of the
-difference: A weakly dominates B if it is below at none (Definition 3.1 with its footnote),
-dominates if its mean is also higher at each, equals B if neither is below. A matches w_t*, the
-latest rewind of all data, if it weakly dominates it over the levels where w_t* matches dense
-(Definition 3.2); dense is level 0 of all data at t* (CINIC-10: at 400, as in the paper). A run in
-progress counts with the levels it has, and is marked *.
+    table = figures.frame("results")         a pandas table: a row for each level of each run
+    pictures = figures.draw("fig2", table)   {name: matplotlib Figure}
+
+Verdicts (Definitions 3.1 and 3.2). A is *below* B at a level where a one-sided Welch test says so,
+at a family-wise error of 5 % over the levels (Sidak). A weakly dominates B if it is below at no
+level, dominates if its mean is also higher at each, and equals B if neither is below. A matches
+w_t*, all data for t* steps, if it is below at no level at which w_t* matches dense; t* is twice A's
+own step. Beside it stand the literal rule of the paper's footnote, --slack standard errors a level,
+which tells identical starts apart in nine of ten cases, and a test of the mean over the levels: by
+replicate and, where replicates are shared, paired. For 4 replicates and 12 levels the family-wise
+test finds a deficit of one standard deviation in 40 % of cases, of two in 95 % (of independent
+levels; 18 % and 56 % where levels correlate by .8), so that "matches" is not "equals".
 """
 
 import argparse
 import csv
 import dataclasses
+import difflib
+import fnmatch
 import functools
-import importlib
 import io
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+if __name__ == "__main__":  # a notebook's may not be installed here, and none is needed
+    os.environ.pop("MPLBACKEND", None)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from matplotlib.transforms import ScaledTranslation
+from scipy import stats
 
-import common
+import common as options
 import runs
 
 STAGES = ("imp", "pretrain", "lmc", "warmup")
-PAPER, SOURCE = common.HERE / "paper", "Paul et al. 2022"
+PAPER, SOURCE = options.HERE / "paper", "Paul et al. 2022"
 PUBLISHED = ("cifar10", "cifar100", "cinic10")
 SUBSETS = ("all", "easy", "random", "hard")
 LOOK = {  # colour, line, marker; dark to light, so that they differ in grey too
@@ -71,106 +84,294 @@ LOOK = {  # colour, line, marker; dark to light, so that they differ in grey too
     "reinit": ("#c0392b", (0, (3, 1, 1, 1)), "x"),
     "shuffle": ("#7f8c8d", (0, (3, 2)), "+"),
     "one-shot": ("#b8860b", (0, (2, 1)), "d"),
-    "own": ("#006d5b", (0, (7, 2)), "*"),  # --init
+    "own": ("#006d5b", (0, (7, 2)), "*"),  # --init, --mask, --indices, --name
 }
 # What the paper does differently by data set.
 FINAL_LEVEL = {"cifar100": 11}  # of Figure 5, else 7
-HISTOGRAMS = {"cifar10": (3200, 200), "cifar100": (3200, 400), "cinic10": (25600, 200)}  # Figure 5
+HISTOGRAMS = {  # Figure 5: random examples, easy examples, steps
+    "cifar10": (3200, 3200, 200),
+    "cifar100": (3200, 2048, 400),
+    "cinic10": (25600, 25600, 200),
+}
 DENSE = {"cinic10": 400}  # rewind of the run whose level 0 is called dense, else t*
-# What tells the curves of one picture apart; runs that differ in anything else get one each.
-CURVE = {"subset", "size", "offset", "balance", "scores", "label_noise", "rewind", "replicate"}
-CURVE |= {"track", "every", "easy_size", "easy_balance", "warmup", "pretrain_lr"}
-CURVE |= {"prune_fraction", "control", "init"}
+BALANCED = {"cifar10": True, "cinic10": False}  # the paper's easy subsets; of CIFAR-100 unknown
+CONNECTED = 0.02  # error barrier
+# Settings that tell curves of one picture apart; runs that differ in others get a picture each.
+IDENTITY = {"subset", "size", "offset", "balance", "scores", "indices", "label_noise", "rewind"}
+IDENTITY |= {"replicate", "track", "every", "easy_size", "easy_balance", "warmup", "pretrain_lr"}
+IDENTITY |= {"control", "init", "mask", "name"}
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.alpha": 0.25}
-STYLE |= {"legend.fontsize": 6.5, "legend.frameon": False, "legend.handlelength": 4}
+STYLE |= {"legend.fontsize": 7, "legend.frameon": False, "legend.handlelength": 4}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2}
+STYLE |= {"svg.hashsalt": "tickets", "svg.fonttype": "none", "pdf.fonttype": 42}
 DOTTED = {"color": "0.5", "lw": 0.8, "ls": (0, (1, 2)), "zorder": 0}  # to compare with
-STYLE |= {"svg.hashsalt": "tickets", "svg.fonttype": "none"}
-plt.rcParams.update(STYLE)
 
 # ---- reading -------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    folder: Path  # results/STAGE/MODEL/NAME/rep<k>
-    settings: dict
-    result: dict  # result.json; of an imp run in progress the levels it has
-    done: bool
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """(stage, model, name)"""
-        return self.folder.parts[-4:-1]
+# Of each run, then of each level (imp) or of the whole run (the other stages).
+TEXT = ["out", "stage", "dataset", "model", "name", "variant", "folder", "run", "data", "subset"]
+TEXT += ["metric", "control", "extra", "start", "outcome"]
+COUNTS = ["size", "offset", "rewind", "warmup", "replicate", "steps", "batch_size"]
+VALUES = ["noise", "pretrain_lr", "level", "weights_remaining", "test_accuracy", "test_loss"]
+VALUES += ["train_loss", "projected_test_accuracy", "seconds", "steps_per_second"]
+VALUES += ["pretrain_accuracy", "loss_barrier", "error_barrier", "connected"]
+VALUES += ["warmed_eigenvalue", "largest_eigenvalue"]
+COLUMNS = [*TEXT, *COUNTS, "balance", "done", *VALUES, "sharpness", "settings"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stat:
-    """Mean, sample standard deviation (NaN for n = 1) and n."""
-
-    mean: float
-    sd: float
-    n: int
+def skipped(reason: Any) -> None:
+    print(f"skipped: {reason}", file=sys.stderr)
 
 
-def summary(values: Iterable[float]) -> Stat:
-    x = np.asarray(list(values), float)
-    return Stat(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan, len(x))
+def frame(
+    out: str | Path | Iterable[str | Path] = "results", datasets: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Every run below the folder or folders `out` as a tidy table with the columns COLUMNS: a row
+    for each level of an imp run, one row for a run of another stage. `name` is the folder of a
+    configuration, `folder` that of the run, `done` is False for a run in progress; accuracies and
+    `weights_remaining` are fractions. Damaged and foreign files are named on stderr and left out,
+    and so are copies of runs, barriers between any two networks, and runs that diverged."""
+    rows, seen = [], {}
+    for top in [out] if isinstance(out, str | Path) else out:
+        top = Path(top)
+        if not top.is_dir():
+            raise runs.UserError(f"{top} is not a folder: --out names one that holds results")
+        metrics = {m["sha256_of_scores"]: m["name"] for m in read_metrics(top)}
+        for path in sorted(p for s in STAGES for p in top.glob(f"{s}/*/*/rep*/config.json")):
+            if not re.fullmatch(r"rep\d+", path.parent.name):
+                continue
+            try:
+                found = read_run(top, path, metrics)
+            except runs.UserError as e:
+                skipped(e)
+            except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
+                skipped(f"{path.parent}: not one of our runs ({e!r})")
+            else:
+                first = seen.setdefault(found[0]["run"], path.parent) if found else path.parent
+                if first != path.parent:
+                    skipped(f"{path.parent} is a copy of {first}")
+                elif not datasets or (found and found[0]["dataset"] in datasets):
+                    rows += found
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table[VALUES] = table[VALUES].apply(pd.to_numeric)
+    table["variant"] = ""
+    for _, same in table.groupby(["stage", "model"]):
+        table.loc[same.index, "variant"] = variants(same["settings"])
+    return table.drop(columns="settings")
 
 
-def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list]:
-    """(key, value) -> the values of each key."""
-    groups = defaultdict(list)
-    for key, value in pairs:
-        groups[key].append(value)
-    return groups
+def variants(settings: pd.Series) -> list[str]:
+    """For each row "-steps150" and the like, the settings in which rows of a model differ."""
+    kept = [{k: v for k, v in s.items() if k not in IDENTITY | {"model"}} for s in settings]
+    shared = functools.reduce(lambda a, b: a & b, (set(k) for k in kept))  # formats 2 and 3
+    differ = [k for k in kept[0] if k in shared and len({str(x[k]) for x in kept}) > 1]
+    words = ["".join(f"-{k}{x[k]}" for k in differ) for x in kept]
+    return ["".join(c if c.isalnum() or c in "-_." else "+" for c in word) for word in words]
 
 
-def summaries(pairs: Iterable[tuple[int, float]]) -> dict[int, Stat]:
-    """(key, value) -> a summary of each key, in the order of the keys."""
-    return {key: summary(values) for key, values in sorted(grouped(pairs).items())}
+def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
+    """The rows of the run of a config.json; KeyError, TypeError or ValueError if it is no run."""
+    folder, stage, done = config.parent, config.parts[-5], config.with_name("result.json").exists()
+    result = runs.read_json(folder / "result.json") if done else {}
+    about = result["config"] if done else runs.read_json(config)
+    s = about["settings"]
+    if "between" in s or (result.get("ended") is not None and stage != "imp"):
+        return []
+    if folder.name != f"rep{s['replicate']}":
+        raise runs.UserError(f"{folder} holds replicate {s['replicate']}")
+    log = folder / "log.csv"  # begun with the first level that is done
+    logged = runs.read_rows(log) if not done and log.exists() else []
+    ranked, name = s["subset"] in ("easy", "hard"), folder.parent.name
+    by = re.match(r"(?:easy|hard)[^-]*-(.+?)-(?:rewind|warmup)\d", name)  # where scores are gone
+    by = re.sub(r"^lmc(?=\d)", "lmc ", by[1]) if by else "el2n"
+    extra = [name.split("-rewind")[0]] if s.get("init") or s.get("indices") else []
+    extra += [k for k in ("mask" * bool(s.get("mask")), s.get("name")) if k]
+    row = {"out": str(out), "stage": stage, "model": folder.parts[-3], "name": name}
+    row |= {"folder": str(folder), "run": about["run"], "done": done, "settings": s}
+    row |= {k: s[k] for k in ("dataset", "subset", "replicate", "steps", "batch_size")}
+    row |= {k: s.get(k) for k in ("data", "pretrain_lr")} | {"noise": s["label_noise"]}
+    row |= {k: s.get(k) or 0 for k in ("size", "offset", "rewind", "warmup")}
+    row |= {"metric": metrics.get(s.get("scores"), by) if ranked else ""}
+    row |= {"balance": bool(s.get("balance")), "control": s.get("control") or ""}
+    row |= {"extra": ", ".join(extra)}
+    if "pretrain" in result:
+        row["start"] = result["pretrain"].get("fingerprint")
+        row["pretrain_accuracy"] = result["pretrain"].get("test_accuracy")
+    if stage == "imp":
+        levels = result["levels"] if done else [x for x in logged if x["phase"][:5] == "level"]
+        keys = [k for k in VALUES if any(k in x for x in levels)]
+        each = [row | {k: float(x[k]) for k in keys if x.get(k) not in (None, "")} for x in levels]
+        if not all(x.keys() >= {"level", "weights_remaining", "test_accuracy"} for x in each):
+            raise KeyError("levels")
+        return each or [row]
+    row |= {k: result.get(k) for k in ("loss_barrier", "error_barrier", "connected", "outcome")}
+    row |= {k: result.get(k) for k in ("test_accuracy", "train_loss") if stage == "warmup"}
+    tops = result.get("sharpness") or [x for x in logged if x.get("eigenvalue")]
+    tops = [(int(x["step"]), float(x["eigenvalue"])) for x in tops if x["eigenvalue"] is not None]
+    later = [x for step, x in tops if step >= row["warmup"]]
+    row |= {"sharpness": tops} | dict.fromkeys(("warmed_eigenvalue", "largest_eigenvalue"))
+    return [
+        row | {"warmed_eigenvalue": later[0], "largest_eigenvalue": max(later)} if later else row
+    ]
 
 
-@dataclasses.dataclass
+def read_metrics(out: Path) -> list[dict]:
+    """Every scores.json with `folder`, `model`, `dataset` and `name`: el2n, el2n 1600 (steps other
+    than the preset's), lmc 800, forgetting."""
+    found = []
+    for path in sorted([*out.glob("el2n/*/*/scores.json"), *out.glob("lmc/*/*/scores.json")]):
+        try:
+            about = runs.read_json(path, "metric", "sha256_of_scores", "label_noise")
+        except runs.UserError as e:
+            skipped(e)
+            continue
+        name, step, model = about["metric"], about.get("score_step"), path.parts[-3]
+        data = model.rpartition("-")[0]
+        if name == "lmc":
+            name = f"lmc {about.get('rewind')}"
+        elif name == "el2n" and data in options.PRESETS:
+            name += f" {step}" * (step != options.PRESETS[data].score_step)
+        found.append(about | {"folder": path.parent, "model": model, "dataset": data, "name": name})
+    return found
+
+
+def load(path: Path) -> Any:
+    """An .npy or .pt of a run; None where there is none, or, with a line on stderr, if damaged."""
+    if not path.exists():
+        return None
+    try:
+        return (runs.read_npy if path.suffix == ".npy" else runs.read_tensors)(path)
+    except runs.UserError as e:
+        return skipped(e)
+
+
+def load_all(rows: pd.DataFrame, name: str) -> list[np.ndarray]:
+    """An array of each finished run that has it."""
+    folders = rows.loc[rows["done"], "folder"].drop_duplicates()
+    return [x for f in folders if (x := load(Path(f) / name)) is not None]
+
+
+# ---- curves --------------------------------------------------------------------------------------
+
+
+def summarise(rows: pd.DataFrame, by: str, value: str = "test_accuracy") -> pd.DataFrame:
+    """Mean, sample standard deviation (NaN for n = 1) and n of a column, indexed by `by`."""
+    groups = rows.dropna(subset=[value]).groupby(by)[value]
+    return groups.agg(mean="mean", sd="std", n="count")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
     """The replicates of one configuration, ours or the paper's, with test accuracy by level."""
 
     subset: str
     size: int
-    rewind: int  # of warmup runs, its length
-    noise: float
-    metric: str  # what subsets are chosen by: "el2n", "el2n balanced", "lmc 800", or --init
+    step: int  # rewind; of warmup runs, its length
+    noise: float = 0.0
+    metric: str = ""  # what easy and hard examples are chosen by: el2n, lmc 800
+    balance: bool | None = False  # None: not known
+    offset: int = 0
     control: str = ""
-    points: dict[int, Stat] = dataclasses.field(default_factory=dict)
-    remaining: dict[int, float] = dataclasses.field(default_factory=dict)
-    runs: list[Run] = dataclasses.field(default_factory=list)
+    extra: str = ""  # a start, a mask, indices or a name of one's own
+    rate: float = 0.0  # of pre-training, where it is not the usual one
+    points: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)  # by level
+    rows: pd.DataFrame | None = None  # of ours
+    mark: str = ""  # where labels are alike otherwise
 
     @property
-    def key(self) -> tuple:
-        return self.subset, self.size, self.rewind, self.noise, self.metric, self.control
+    def kind(self) -> tuple:
+        """All but size and step."""
+        key = (self.subset, self.noise, self.metric, self.balance, self.offset)
+        return *key, self.control, self.extra, self.rate
+
+    @property
+    def ranking(self) -> str:
+        by = f" by {self.metric}" if self.metric not in ("", "el2n") else ""
+        start = f" from {self.offset}" if self.offset else ""
+        return " balanced" * bool(self.balance) + by + start
 
     @property
     def what(self) -> str:
         """The examples: easy 3200 balanced."""
-        by = self.metric.removeprefix("el2n").strip()
-        return f"{self.subset} {self.size or ''}".strip() + f" {by}" * bool(by)
+        size = f" {self.size}" if self.size else ""
+        return (self.extra if "indices" in self.subset else f"{self.subset}{size}") + self.ranking
+
+    @property
+    def more(self) -> str:
+        extra = self.extra if "indices" not in self.subset else ""
+        rate = f"rate {self.rate:g}" if self.rate else ""
+        words = [x for x in (self.control, extra, rate, self.mark) if x]
+        return "".join(f", {x}" for x in words)
 
     @property
     def label(self) -> str:
         noise = f", {self.noise:.0%} noise" if self.noise else ""
-        return f"{self.what}, step {self.rewind}{noise}" + f", {self.control}" * bool(self.control)
+        return f"{self.what}, step {self.step}{noise}{self.more}"
+
+    @property
+    def short(self) -> str:
+        """For panels whose title says size, step and noise."""
+        step = f", step {self.step}" if self.subset == "all" else ""
+        return f"{self.subset}{self.ranking}{step}{self.more}"
+
+    @property
+    def running(self) -> bool:
+        return self.rows is not None and not self.rows["done"].all()
+
+    @property
+    def n(self) -> list[int]:
+        return sorted(
+            {*self.points["n"]} if len(self.points) else {self.rows["replicate"].nunique()}
+        )
 
     @property
     def legend(self) -> str:
-        n = counts(self.points.values()) if self.points else len(self.runs)
-        going = "*" if any(not r.done for r in self.runs) else ""
-        return f"{self.label} (n={n}){going}"
+        return f"{self.label} (n={span(self.n)})" + "*" * self.running
+
+    @functools.cached_property
+    def by_replicate(self) -> pd.DataFrame:
+        """Test accuracy, level x replicate; empty for the paper's."""
+        if self.rows is None:
+            return pd.DataFrame()
+        known = self.rows.dropna(subset=["level"])
+        return known.pivot_table(index="level", columns="replicate", values="test_accuracy")
 
 
-def counts(points: Iterable[Stat]) -> str:
-    """n of some points, "4" or "2-4"."""
-    n = sorted({p.n for p in points})
-    return "-".join(map(str, n[:: max(1, len(n) - 1)]))
+def span(numbers: Iterable[int]) -> str:
+    """ "4", or "2-4"."""
+    n = sorted({*numbers})
+    return "-".join(str(int(x)) for x in n[:: max(1, len(n) - 1)])
+
+
+def make_curve(rows: pd.DataFrame, usual_rate: float) -> Curve:
+    """Of the rows of one folder."""
+    first = rows.iloc[0]
+    points = summarise(rows, "level").join(rows.groupby("level")["weights_remaining"].mean())
+    points.index = points.index.astype(int)
+    keys = {k: first[k] for k in ("noise", "metric", "control", "extra")}
+    keys |= {"balance": bool(first["balance"]), "offset": int(first["offset"])}
+    rate = first["pretrain_lr"]
+    other = first["rewind"] and not math.isnan(rate) and rate != usual_rate
+    keys |= {"rate": float(rate) if other else 0.0}
+    step = int(first["warmup"] if first["stage"] == "warmup" else first["rewind"])
+    return Curve(first["subset"], int(first["size"]), step, **keys, points=points, rows=rows)
+
+
+def make_curves(rows: pd.DataFrame) -> list[Curve]:
+    """The configurations of one picture, in the order of its legend."""
+    preset = options.PRESETS.get(rows["dataset"].iloc[0])
+    frequent = rows.loc[rows["rewind"] > 0, "pretrain_lr"].mode()
+    usual = preset.pretrain_lr if preset else frequent[0] if len(frequent) else math.nan
+    curves = [make_curve(part, usual) for _, part in rows.groupby(["out", "name"])]
+    often = Counter(c.label for c in curves)
+    for k, c in enumerate(curves):
+        if often[c.label] > 1:
+            first = c.rows.iloc[0]
+            elsewhere = rows["out"].nunique() > 1
+            curves[k] = dataclasses.replace(c, mark=first["out" if elsewhere else "name"])
+    order = {s: k for k, s in enumerate(SUBSETS)}
+    curves.sort(key=lambda c: (order.get(c.subset, 9), c.size, c.step, c.label))
+    return curves
 
 
 def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
@@ -179,228 +380,251 @@ def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
     return [c for c in curves if all(getattr(c, k) in v for k, v in choices.items())]
 
 
-def read_run(config: Path) -> Run:
-    """The run of a config.json; KeyError, TypeError or ValueError if it is not one of ours."""
-    folder, imp = config.parent, config.parts[-5] == "imp"
-    done = (folder / "result.json").exists()
-    value = runs.read_json(folder / "result.json" if done else config)
-    settings = (value["config"] if done else value)["settings"]
-    if not done and imp:
-        log = folder / "log.csv"  # begun with the first level that is done
-        rows = runs.read_rows(log) if log.exists() else []
-        rows = [x for x in rows if x["phase"].startswith("level")]
-        value["levels"] = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in rows]
-    for key in ("dataset", "subset", "label_noise", "steps", "batch_size", "replicate"):
-        settings[key]
-    for x in value["levels"] if imp else ():
-        x |= {k: float(x[k]) for k in ("level", "test_accuracy", "weights_remaining")}
-    return Run(folder, settings, value, done)
+def usual(curves: Iterable[Curve], noise: bool = False, ranked: bool = False) -> list[Curve]:
+    """Those of the paper's main figures, by EL2N; unbalanced, or with `ranked` balanced too."""
+    found = pick(curves, metric=("", "el2n"), offset=0, control="", extra="", rate=0.0)
+    return [c for c in found if bool(c.noise) == noise and (ranked or not c.balance)]
 
 
-def skipped(reason: Any) -> None:
-    print(f"skipped: {reason}", file=sys.stderr)
+def all_data(curves: Iterable[Curve], noise: float = 0.0) -> list[Curve]:
+    """By rewind step."""
+    full = pick(usual(curves, bool(noise)), subset="all", noise=noise)
+    return sorted((c for c in full if len(c.points)), key=lambda c: c.step)
 
 
-def read_runs(out: Path) -> list[Run]:
-    """Every run below results/; damaged and foreign files are named on stderr and left out, and so
-    are barriers between any two networks, and runs that could not go on, but for imp's levels."""
-    found = []
-    for path in sorted(p for s in STAGES for p in out.glob(f"{s}/*/*/rep*/config.json")):
-        try:
-            run = read_run(path)
-            usable = run.result.get("ended") is None or run.place[0] == "imp"
-            found += [run] if usable and "between" not in run.settings else []
-        except runs.UserError as e:
-            skipped(e)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
-            skipped(f"{path.parent}: not one of our runs ({e!r})")
-    return found
-
-
-def read_metrics(out: Path) -> dict[str, dict]:
-    """scores.json by the fingerprint of its scores, with `folder`, `model`, `dataset` and `name`:
-    el2n, el2n 1600 (steps other than the preset's), lmc 800, forgetting."""
-    found = {}
-    for path in sorted([*out.glob("el2n/*/*/scores.json"), *out.glob("lmc/*/*/scores.json")]):
-        try:
-            about = runs.read_json(path)
-            name, step, model = about["metric"], about.get("score_step"), path.parts[-3]
-            data = model.rsplit("-", 1)[0]
-            if name.startswith("lmc"):
-                name = f"lmc {about['rewind']}"
-            elif name == "el2n" and data in common.PRESETS:
-                name += f" {step}" * (step != common.PRESETS[data].score_step)
-            about |= {"folder": path.parent, "model": model, "dataset": data, "name": name}
-            found[about["sha256_of_scores"]] = about
-        except (runs.UserError, KeyError) as e:
-            skipped(e)
-    return found
-
-
-def load(path: Path) -> Any:
-    """An .npy or .pt of a run, or None with a line on stderr."""
-    try:
-        return (runs.read_npy if path.suffix == ".npy" else runs.read_tensors)(path)
-    except runs.UserError as e:
-        return skipped(e)
-
-
-def load_all(curve: Curve, name: str) -> list[np.ndarray]:
-    """An array of each finished replicate that has it."""
-    paths = (x.folder / name for x in curve.runs if x.done)
-    return [x for p in paths if p.exists() and (x := load(p)) is not None]
-
-
-def make_curve(found: list[Run], metrics: dict[str, dict]) -> Curve:
-    """The replicates of one folder."""
-    s = found[0].settings
-    about = metrics.get(s.get("scores")) if s["subset"] in ("easy", "hard") else None
-    metric = (about["name"] if about else "el2n") + " balanced" * bool(s.get("balance"))
-    metric += f" from {s['offset']}" if s.get("offset") else ""
-    if s.get("init"):
-        metric = found[0].place[-1].split("-rewind")[0]
-    step = s.get("rewind", s.get("warmup", 0))
-    key = s["subset"], s.get("size") or 0, step, s["label_noise"], metric, s.get("control") or ""
-    levels = [x for run in found for x in run.result.get("levels", ())]
-    points = summaries((int(x["level"]), x["test_accuracy"]) for x in levels)
-    return Curve(*key, points, {int(x["level"]): x["weights_remaining"] for x in levels}, found)
+def main_setting(curves: list[Curve]) -> tuple[int, int]:
+    """Size and step of Figure 2: a preset's if it is there, else the most frequent."""
+    found = Counter((c.size, c.step) for c in curves if c.subset != "all")
+    preset = [(p.size, p.rewind) for p in options.PRESETS.values() if (p.size, p.rewind) in found]
+    return (preset or [x for x, _ in found.most_common(1)] or [(0, 0)])[0]
 
 
 @dataclasses.dataclass
-class Picture:
-    """What one picture is drawn from, and its panels so far."""
+class Page:
+    """What one picture is drawn from, the runs of a model, and its panels so far."""
 
-    name: str  # a model, and where runs of it differ in more than CURVE, in what
-    curves: list[Curve]
-    paper: str  # whose curves of the paper stand behind: cifar10, or ""
-    results: "Results"
+    name: str  # the model, and the settings in which its runs differ
+    rows: pd.DataFrame  # of one stage
+    table: pd.DataFrame  # of all stages
+    paper: str = ""  # whose curves of the paper stand behind: cifar10, or ""
+
+    def __post_init__(self):
+        self.figure = Picture(layout="constrained")
+        self.panels: list[Axes] = []
+        self.entries: dict[str, list] = {}  # label -> [handle, numbers of replicates, running]
 
     @functools.cached_property
-    def figure(self) -> Figure:
-        return plt.figure(layout="constrained")
+    def curves(self) -> list[Curve]:
+        return make_curves(self.rows)
 
-    def panel(self, xlabel: str, ylabel: str, title: str = "") -> Axes:
-        return self.figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
+    @property
+    def dataset(self) -> str:
+        return self.rows["dataset"].iloc[0]
+
+    def metrics(self) -> list[dict]:
+        """Scores of this model and data, made without label noise."""
+        found = [m for out in self.table["out"].unique() for m in read_metrics(Path(out))]
+        mine = self.rows["model"].iloc[0], self.rows["data"].iloc[0]
+        return [m for m in found if (m["model"], m["data"]) == mine and not m["label_noise"][0]]
+
+    def panel(self, xlabel: str, ylabel: str, title: str = "", **more: Any) -> Axes:
+        ax = self.figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title, **more)
+        self.panels.append(ax)
+        return ax
+
+    def note(self, label: str, handle: Any, n: Iterable[int] = (), running: bool = False) -> None:
+        """An entry of the legend; of panels with the same label, one."""
+        entry = self.entries.setdefault(label, [handle, set(), False])
+        entry[1] |= {int(k) for k in n}
+        entry[2] |= running
+
+    def labels(self) -> list[str]:
+        numbers = [
+            (k, f" (n={span(n)})" if n else "", going) for k, (_, n, going) in self.entries.items()
+        ]
+        return [f"{k}{n}" + "*" * going for k, n, going in numbers]
 
 
-@dataclasses.dataclass
-class Results:
-    runs: list[Run]
-    metrics: dict[str, dict]
-    paper: str | None = None  # --paper
-    data_dir: Path = Path("data")
-    datasets: tuple[str, ...] = ()  # --dataset, names or folders of images
+class Picture(Figure):
+    """A matplotlib figure that neither needs pyplot nor knows of it; notebooks show it."""
 
-    def pictures(self, stage: str) -> Iterator[Picture]:
-        """The configurations of a stage that belong in one picture each."""
-        folders = grouped((run.place, run) for run in self.runs if run.place[0] == stage)
-        models = defaultdict(lambda: defaultdict(list))
-        for (_, model, _), group in folders.items():
-            rest = sorted((k, str(v)) for k, v in group[0].settings.items() if k not in CURVE)
-            models[model][tuple(rest)].append(make_curve(group, self.metrics))
-        for model, variants in models.items():
-            differ = {k for a, b in itertools.combinations(variants, 2) for k, _ in set(a) ^ set(b)}
-            for variant, curves in variants.items():
-                more = "".join(f"-{k}{v}" for k, v in variant if k in differ)
-                more = "".join(c if c.isalnum() or c in "-_." else "+" for c in more)
-                curves.sort(key=lambda c: (SUBSETS.index(c.subset), *c.key[1:]))
-                data = curves[0].runs[0].settings["dataset"]  # cifar10-jpeg is cifar10, too
-                behind = next((p for p in PUBLISHED if f"{data}-".startswith(f"{p}-")), "")
-                yield Picture(model + more, curves, self.paper or behind, self)
+    def __init__(self, **more: Any):
+        super().__init__(**more)
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def pages(table: pd.DataFrame, stage: str, paper: str | None = None) -> Iterator[Page]:
+    """The configurations of a stage that belong in one picture each."""
+    here = table[table["stage"] == stage]
+    for (model, variant), rows in here.groupby(["model", "variant"]):
+        data = rows["dataset"].iloc[0]  # cifar10-jpeg is cifar10, too
+        behind = next((p for p in PUBLISHED if f"{data}-".startswith(f"{p}-")), "")
+        yield Page(model + variant, rows, table, paper or behind)
 
 
 # ---- the paper's numbers -------------------------------------------------------------------------
 
 
 @functools.cache
-def paper_rows(name: str) -> list[dict]:
+def paper_table(name: str) -> pd.DataFrame:
     path = PAPER / name
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    return pd.read_csv(path) if path.exists() else pd.DataFrame()
 
 
-def paper_stat(mean: str, sd: str, n: str) -> Stat:
-    """The paper's deviations are population ones."""
-    sample = float(sd) * math.sqrt(int(n) / (int(n) - 1)) if sd and int(n) > 1 else math.nan
-    return Stat(float(mean), sample, int(n))
+def paper_points(rows: pd.DataFrame, by: str, mean: str, sd: str, n: str) -> pd.DataFrame:
+    """Their population deviations as sample ones."""
+    count = rows[n].to_numpy()
+    deviation = rows[sd].to_numpy() * np.sqrt(count / np.maximum(count - 1, 1))
+    columns = {"mean": rows[mean].to_numpy(), "sd": deviation, "n": count}
+    return pd.DataFrame(columns, index=pd.Index(rows[by], name=by)).dropna(subset=["mean"])
 
 
 @functools.cache
-def paper_curves(dataset: str) -> dict[tuple, Curve]:
-    """imp_curves.csv of a data set, by `Curve.key`."""
-    curves: dict[tuple, Curve] = {}
-    for r in paper_rows("imp_curves.csv"):
-        if r["dataset"] == dataset:
-            forgetting = r["method"] == "forgetting"
-            kind = ("easy", "forgetting balanced") if forgetting else (r["method"], "el2n")
-            size = 0 if r["subset_size"] == "full" else int(r["subset_size"])
-            key = kind[0], size, int(r["rewind_steps"]), float(r["label_noise"]), kind[1], ""
-            c, k = curves.setdefault(key, Curve(*key)), int(r["level"])
-            c.points[k] = paper_stat(r["accuracy_mean"], r["accuracy_std"], r["replicates"])
-            c.remaining[k] = float(r["weights_remaining"])
-    if dataset == "cifar10":  # the easy subsets of these curves were class-balanced: README.md
-        easy = pick(curves.values(), subset="easy", noise=0, metric="el2n")
-        curves |= {(*c.key[:4], "el2n balanced", ""): c for c in easy}
+def paper_curves(dataset: str) -> list[Curve]:
+    """imp_curves.csv of a data set."""
+    table, curves = paper_table("imp_curves.csv"), []
+    by = ["method", "subset_size", "rewind_steps", "label_noise"]
+    table = table[table["dataset"] == dataset] if len(table) else table
+    for (method, size, step, noise), rows in table.groupby(by) if len(table) else ():
+        forgetting = method == "forgetting"
+        subset = "easy" if forgetting else method
+        points = paper_points(rows, "level", "accuracy_mean", "accuracy_std", "replicates")
+        points["weights_remaining"] = rows["weights_remaining"].to_numpy()
+        keys = {"metric": "forgetting" if forgetting else "el2n" * (subset in ("easy", "hard"))}
+        balance = (True if forgetting else BALANCED.get(dataset)) if subset == "easy" else False
+        size = 0 if size == "full" else int(size)
+        curves.append(
+            Curve(subset, size, int(step), float(noise), **keys, balance=balance, points=points)
+        )
     return curves
 
 
-def paper_warmup(c: Curve) -> dict[int, Stat]:
-    """Figure 6 and its windows of the ranking: accuracy by length of warmup. The paper's easy
-    subsets are balanced, its windows are not."""
-    start = re.fullmatch(r"el2n(?: from (\d+))?", c.metric)
-    wanted = {"all": ("fig6", "all", "50000", ""), "random": ("fig6", "random", str(c.size), "")}
-    if c.metric == "el2n balanced":
-        wanted["easy"] = "fig6", "easy", str(c.size), ""
-    elif start:
-        wanted["easy"] = "rolling", "score_window", str(c.size), start[1] or "0"
-    keys = ("experiment", "subset_type", "subset_size", "left_offset")
-    stat = ("test_accuracy_mean", "test_accuracy_std", "n_replicates")
-    return {
-        int(x["warmup_steps"]): paper_stat(*(x[k] for k in stat))
-        for x in paper_rows("warmup_curves.csv")
-        if tuple(x[k] for k in keys) == wanted.get(c.subset)
-        and x[stat[0]]  # a few points of the windows could not be read
-    }
+def published(c: Curve, paper: str) -> Curve | None:
+    """The paper's curve of a configuration, whether or not its easy subset is balanced alike."""
+    if c.control or c.extra or c.rate or c.offset:
+        return None
+    key = {k: getattr(c, k) for k in ("subset", "size", "step", "noise", "metric")}
+    return next(iter(pick(paper_curves(paper), **key)), None)
+
+
+def differs(c: Curve, theirs: Curve) -> str:
+    """ "balanced" or "not balanced" where the paper's easy subset is and ours is not so."""
+    if c.subset != "easy" or theirs.balance in (None, c.balance):
+        return ""
+    return "balanced" if theirs.balance else "not balanced"
+
+
+def paper_warmup(c: Curve) -> pd.DataFrame:
+    """Figure 6 and its windows of the ranking: accuracy by length of warmup."""
+    table, windows = paper_table("warmup_curves.csv"), c.subset == "easy" and not c.balance
+    if not len(table) or c.subset == "hard" or c.metric not in ("", "el2n"):
+        return pd.DataFrame(columns=["mean", "sd", "n"])
+    kind = ("rolling", "score_window") if windows else ("fig6", c.subset)
+    rows = table[(table["experiment"] == kind[0]) & (table["subset_type"] == kind[1])]
+    rows = rows[rows["subset_size"] == (c.size or 50000)]
+    rows = rows[rows["left_offset"] == c.offset] if windows else rows
+    names = ("test_accuracy_mean", "test_accuracy_std", "n_replicates")
+    return paper_points(rows, "warmup_steps", *names)
 
 
 # ---- comparing -----------------------------------------------------------------------------------
 
 
-def standard_error(a: Stat, b: Stat) -> float:
-    """Of the difference of two means; NaN where one has no deviation."""
-    return math.sqrt(a.sd**2 / a.n + b.sd**2 / b.n)
+def welch(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """Of two tables with mean, sd and n: the difference of the means, its standard error and degrees
+    of freedom, the two-sided p, and that of a below b; NaN where a deviation is missing."""
+    va, vb = a["sd"] ** 2 / a["n"], b["sd"] ** 2 / b["n"]
+    found = pd.DataFrame({"difference": a["mean"] - b["mean"], "standard_error": np.sqrt(va + vb)})
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = (va + vb) ** 2 / (va**2 / (a["n"] - 1) + vb**2 / (b["n"] - 1))
+        t = found["difference"] / found["standard_error"]
+    t = t.mask((found["difference"] == 0) & (found["standard_error"] == 0), 0.0)
+    found["df"] = df.mask((found["standard_error"] == 0), a["n"] + b["n"] - 2)
+    found["p"] = 2 * stats.t.sf(t.abs(), found["df"])
+    found["p_below"] = stats.t.cdf(t, found["df"])
+    return found
 
 
-def welch(a: Stat, b: Stat) -> float:
-    """Two-sided p of equal means; NaN where a deviation is missing or both are zero."""
-    if math.isnan(a.sd + b.sd) or a.sd == b.sd == 0:
-        return math.nan
-    from scipy import stats  # slow to import, and plans need none
-
-    return float(stats.ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, False).pvalue)
-
-
-def is_below(a: Stat, b: Stat, slack: float) -> bool:
-    """By more than `slack` standard errors; where there is no deviation, by anything."""
-    return bool(a.mean - b.mean < -slack * np.nan_to_num(standard_error(a, b)))
+def paired(differences: pd.DataFrame) -> pd.DataFrame:
+    """As `welch`, of differences in columns, one for each replicate that two runs share."""
+    n = differences.shape[1]
+    found = pd.DataFrame({"difference": differences.mean(axis=1)})
+    found["standard_error"] = differences.std(axis=1, ddof=1) / math.sqrt(max(n, 1))
+    found["df"] = n - 1
+    t = found["difference"] / found["standard_error"]
+    found["p"], found["p_below"] = 2 * stats.t.sf(t.abs(), n - 1), stats.t.cdf(t, n - 1)
+    return found
 
 
-def below(a: dict[int, Stat], b: dict[int, Stat], levels: Iterable[int], slack: float) -> list[int]:
-    return [k for k in levels if is_below(a[k], b[k], slack)]
+def as_points(values: Iterable[float]) -> pd.DataFrame:
+    """One row of mean, sd and n."""
+    x = pd.Series(list(values), dtype=float).dropna()
+    return pd.DataFrame({"mean": [x.mean()], "sd": [x.std()], "n": [len(x)]})
 
 
-def verdict(a: dict[int, Stat], b: dict[int, Stat], levels: list[int], slack: float = 1.0) -> str:
-    """Of A over B (Definition 3.1 and its footnote)."""
-    if not levels:
+def shared_differences(a: Curve, b: Curve, levels: list[int]) -> pd.DataFrame:
+    """A - B, level x replicate that both have at all the levels."""
+    if a.rows is None or b.rows is None:
+        return pd.DataFrame()
+    d = a.by_replicate.reindex(levels) - b.by_replicate.reindex(levels)
+    return d.dropna(axis=1)
+
+
+def over_levels(a: Curve, b: Curve, levels: list[int]) -> tuple[pd.Series, str]:
+    """The test of the mean over the levels, and how it was made: paired, by replicate, or, where
+    only means and deviations are known (the paper's), with deviations as of levels that correlate
+    fully, the worst case."""
+    d = shared_differences(a, b, levels)
+    if d.shape[1] > 1:
+        return paired(d.mean().to_frame().T).iloc[0], f"paired, n={d.shape[1]}"
+    each = [c.by_replicate.reindex(levels).dropna(axis=1).mean() for c in (a, b)]
+    if min(map(len, each)) > 1:
+        return welch(*map(as_points, each)).iloc[0], "by replicate"
+    both = (c.points.loc[levels] for c in (a, b))
+    worst = [pd.DataFrame({"mean": [x["mean"].mean()], "sd": [x["sd"].mean(skipna=False)],
+                           "n": [x["n"].min()]}) for x in both]  # fmt: skip
+    return welch(*worst).iloc[0], "levels as if fully correlated"
+
+
+def limit_of(error: float, tests: int) -> float:
+    """The error of each of some tests that makes the family-wise one (Sidak)."""
+    return 1 - (1 - error) ** (1 / max(1, tests))
+
+
+def judge(
+    a: pd.DataFrame, b: pd.DataFrame, levels: list[int], slack: float = 1.0, error: float = 0.05
+) -> pd.DataFrame:
+    """`welch` of two tables of points by level, and whether a is `below` or `above` b by the
+    family-wise test, or by `slack` standard errors (`literally_below`, `literally_above`: where
+    there is no deviation, by anything)."""
+    found = welch(a.loc[levels], b.loc[levels])
+    limit = limit_of(error, int(found["p_below"].notna().sum()))
+    found["below"], found["above"] = found["p_below"] < limit, 1 - found["p_below"] < limit
+    far = slack * found["standard_error"].fillna(0)
+    found["literally_below"] = found["difference"] < -far
+    found["literally_above"] = found["difference"] > far
+    return found
+
+
+def verdict(found: pd.DataFrame, rule: str = "") -> str:
+    """Of A over B (Definition 3.1); `rule` is "" or "literally_"."""
+    if not len(found):
         return "no common level"
-    under, over = below(a, b, levels, slack), below(b, a, levels, slack)
+    if not rule and found["p_below"].isna().all():
+        return "not tested: one replicate"
+    under, over = found[f"{rule}below"].any(), found[f"{rule}above"].any()
     if under and over:
         return "neither"
     if not under and not over:
         return "equal"
-    above = [a[k].mean > b[k].mean if over else a[k].mean < b[k].mean for k in levels]
     if over:
-        return "dominates" if all(above) else "weakly dominates"
-    return "is dominated" if all(above) else "is weakly dominated"
+        return "dominates" if (found["difference"] > 0).all() else "weakly dominates"
+    return "is dominated" if (found["difference"] < 0).all() else "is weakly dominated"
 
 
 def ranges(levels: Iterable[int]) -> str:
@@ -414,96 +638,139 @@ def ranges(levels: Iterable[int]) -> str:
     return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans) or "none"
 
 
-def all_data(curves: Iterable[Curve], noise: float = 0.0) -> list[Curve]:
-    """By rewind step."""
-    full = pick(curves, subset="all", noise=noise, metric="el2n", control="")
-    return sorted((c for c in full if c.points), key=lambda c: c.rewind)
+def detectable(found: pd.DataFrame | pd.Series, limit: float) -> Any:
+    """The deficit that a test finds with probability .8."""
+    far = stats.t.isf(limit, found["df"]) + stats.t.ppf(0.8, found["df"])
+    return far * found["standard_error"]
 
 
-def references(curves: list[Curve], data: str, noise: float) -> tuple[Stat | None, Curve | None]:
-    """The dense network, level 0 of all data at t* or as the paper chose, and w_t*, the latest
-    rewind of all data; under label noise the noisy ones, where they are there."""
-    full = all_data(curves, noise) or all_data(curves)
-    chosen = pick(full, rewind=DENSE.get(data)) or full
-    return (chosen[-1].points.get(0), full[-1]) if full else (None, None)
+def references(a: Curve, curves: list[Curve], data: str) -> tuple[pd.Series | None, Curve | None]:
+    """The dense network, level 0 of all data at t* or as the paper chose, and w_t*, all data for
+    twice the steps of A, or of the main setting; under label noise the noisy ones if there are."""
+    full = all_data(curves, a.noise) or all_data(curves)
+    star = next(iter(pick(full, step=2 * (a.step or main_setting(usual(curves))[1]))), None)
+    dense = (pick(full, step=DENSE.get(data)) or ([star] if star else full))[-1:]
+    known = bool(dense) and 0 in dense[0].points.index
+    return dense[0].points.loc[0] if known else None, star
+
+
+def as_dense(c: Curve, dense: pd.Series | None, levels: list[int], error: float) -> list[int]:
+    """The levels at which a curve is not below the dense network."""
+    if dense is None or not levels:
+        return []
+    same = pd.DataFrame([dense] * len(levels), index=levels)
+    found = judge(c.points, same, levels, error=error)
+    return [k for k in levels if not found.loc[k, "below"]]
+
+
+def matching(
+    a: Curve, star: Curve | None, dense: pd.Series | None, levels: list[int], error: float
+) -> str:
+    """Whether A matches w_t* (Definition 3.2) over the levels where that matches dense."""
+    if star is None:
+        return "-: all data for twice the steps are not there"
+    good = as_dense(star, dense, [k for k in levels if k in star.points.index], error)
+    good = [k for k in good if k in a.points.index]
+    if not good:
+        return "-: w_t* matches dense at no level"
+    found = judge(a.points, star.points, good, error=error)
+    if found["p_below"].isna().all():
+        return "-: one replicate"
+    if found["below"].any():
+        return f"no: below at {ranges(found.index[found['below']])} of {ranges(good)}"
+    mean, _ = over_levels(a, star, good)
+    if mean["p_below"] < error:
+        return f"yes, but the mean over {ranges(good)} is below (p {mean['p_below']:.2g})"
+    return "yes"
 
 
 def compare(
-    a: Curve, b: Curve, curves: list[Curve], data: str, levels: Iterable[int] = (), slack=1.0
-) -> dict:
+    a: Curve,
+    b: Curve,
+    curves: list[Curve],
+    data: str,
+    levels: Iterable[int] = (),
+    slack: float = 1.0,
+    error: float = 0.05,
+) -> dict[str, Any]:
     """One row of the table of verdicts, over `levels`, or all but 0."""
-    dense, star = references(curves, data, a.noise)
-    chosen = [k for k in a.points if (k in levels if levels else k > 0)]
-    common_levels = [k for k in chosen if k in b.points]
-    gaps = {k: a.points[k].mean - b.points[k].mean for k in common_levels}
-    ends = [f"{a.remaining[k]:.1%}" for k in (common_levels[:1] + common_levels[-1:])]
+    dense, star = references(a, curves, data)
+    chosen = [k for k in a.points.index if (k in levels if levels else k > 0)]
+    both = [k for k in chosen if k in b.points.index]
+    found = judge(a.points, b.points, both, slack, error)
+    ends = [f"{a.points.loc[k, 'weights_remaining']:.1%}" for k in both[:1] + both[-1:]]
+    mean, how = over_levels(a, b, both) if both else (pd.Series(dtype=float), "-")
+    seen = detectable(found, limit_of(error, len(both))).median() if both else math.nan
 
-    def as_dense(c: Curve) -> list[int]:
-        return [k for k, p in c.points.items() if dense and not is_below(p, dense, slack)]
+    def where(column: str) -> str:
+        return ranges(found.index[found[column]])
 
-    matches = "-"
-    if good := [k for k in as_dense(star) if k in chosen] if star else []:
-        bad = below(a.points, star.points, good, slack)
-        matches = f"no: below at {ranges(bad)} of {ranges(good)}" if bad else "yes"
     return {
         "A": a.legend,
-        "verdict": verdict(a.points, b.points, common_levels, slack),
+        "verdict": verdict(found),
         "B": b.legend,
-        "levels": ranges(common_levels),
+        "levels": ranges(both),
         "weights_remaining": " to ".join(ends),
+        "A_above_at": where("above"),
+        "A_below_at": where("below"),
+        "mean_difference": mean.get("difference", math.nan),
+        "standard_error": mean.get("standard_error", math.nan),
+        "p": mean.get("p", math.nan),
+        "mean_tested": how,
+        "smallest_difference": found["difference"].min(),
+        "A_matches_w_t*": matching(a, star, dense, chosen, error),
+        "A_matches_dense_at": ranges(as_dense(a, dense, [*a.points.index], error)),
+        "B_matches_dense_at": ranges(as_dense(b, dense, [*b.points.index], error)),
+        "family_wise_error": error,
+        "found_at_one_level": seen,  # deficits seen with probability .8
+        "found_in_the_mean": detectable(mean, error) if both else math.nan,
         "slack_in_standard_errors": slack,
-        "A_above_at": ranges(below(b.points, a.points, common_levels, slack)),
-        "A_below_at": ranges(below(a.points, b.points, common_levels, slack)),
-        "mean_difference": float(np.mean([*gaps.values()])) if gaps else math.nan,
-        "smallest_difference": min(gaps.values(), default=math.nan),
-        "A_matches_w_t*": matches,
-        "A_matches_dense_at": ranges(as_dense(a)),
-        "B_matches_dense_at": ranges(as_dense(b)),
+        "by_slack": verdict(found, "literally_"),
+        "A_above_by_slack": where("literally_above"),
+        "A_below_by_slack": where("literally_below"),
     }
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def arrange(figure: Figure, columns: int, shared: bool) -> None:
-    """Panels in rows; the legends below them, where they hide nothing: one of the picture where
-    they are `shared`, else one of each panel. As high as legends need."""
-    columns = min(columns, len(figure.axes))
-    grid = figure.add_gridspec(-(-len(figure.axes) // columns), columns)
-    entries, most = {}, 0
-    for ax, place in zip(figure.axes, grid, strict=False):
-        ax.set_subplotspec(place)
-        handles, labels = ax.get_legend_handles_labels()
-        own = {} if ax.get_legend() else dict(zip(labels, handles, strict=True))
-        own |= {SOURCE: own.pop(SOURCE)} if SOURCE in own else {}  # once, and last
-        entries, most = entries | own, max(most, len(own) * (not shared))
-        if own and not shared:
-            under = ax.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
-            place = {"bbox_to_anchor": (-0.1, 0), "bbox_transform": under}
-            ax.legend(own.values(), own, loc="upper left", **place)
-    width = columns * max(3.1, 4 / columns)
-    height = grid.nrows * (2.6 + 0.15 * most)
-    if entries and shared:
-        per_row = max(1, int(width / 1.9))
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=per_row)
-        height += 0.3 + 0.15 * -(-len(entries) // per_row)
-    figure.set_size_inches(width, height)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-
-
-def kind_of(c: Curve) -> str:
-    """Its name in LOOK."""
-    by = c.metric.split()[0]
-    by = "balanced" if c.metric == "el2n balanced" else c.subset if by == "el2n" else by
-    return c.control or (by if by in LOOK else "own")
+def arrange(page: Page, most: int) -> None:
+    """Panels in rows of at most `most`, the last row as wide as the others, one legend below."""
+    n = len(page.panels)
+    columns = n if n <= most else min(range(most, 1, -1), key=lambda c: (-n % c, -c))
+    last = n % columns or columns
+    parts, rows = math.lcm(columns, last), -(-n // columns)
+    grid = page.figure.add_gridspec(rows, parts)
+    for k, ax in enumerate(page.panels):
+        row, column = divmod(k, columns)
+        wide = parts // (last if row == rows - 1 else columns)
+        ax.set_subplotspec(grid[row, column * wide : (column + 1) * wide])
+    width, height = max(3.4 * columns, 4.2), 2.7 * rows
+    if page.entries:
+        handles = {k: h for k, (h, *_) in page.entries.items()}
+        labels = dict(zip(page.entries, page.labels(), strict=True))
+        order = sorted(handles, key=lambda k: k.startswith(SOURCE))  # the paper's last
+        longest = max(map(len, labels.values()))
+        across = min(len(order), max(1, int(width / (0.75 + 0.062 * longest))))
+        entries = [handles[k] for k in order], [labels[k] for k in order]
+        page.figure.legend(*entries, loc="outside lower center", ncols=across)
+        height += 0.2 + 0.15 * -(-len(order) // across)
+    page.figure.set_size_inches(width, height)
+    page.figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
 
 
 def look(c: Curve, among: Iterable[Curve] = ()) -> dict[str, Any]:
     """Colour, line and marker; of curves of one kind the earlier are lighter."""
-    color, line, marker = LOOK[kind_of(c)]
-    alike = [x.key for x in among if kind_of(x) == kind_of(c)]
-    if c.key in alike and len(alike) > 1:
-        k = alike.index(c.key)
+
+    def kind_of(c: Curve) -> str:
+        by = c.metric.split()[0] if c.metric else "el2n"
+        by = by if by != "el2n" else "balanced" if c.balance else c.subset
+        return c.control or ("own" if c.extra or by not in LOOK else by)
+
+    color, line, marker = LOOK.get(kind_of(c), LOOK["own"])
+    alike = [x for x in among if kind_of(x) == kind_of(c)]
+    if len(alike) > 1 and any(c is x for x in alike):
+        k = next(k for k, x in enumerate(alike) if x is c)
         light = 0.65 * (1 - k / (len(alike) - 1))
         color = tuple(x + (1 - x) * light for x in matplotlib.colors.to_rgb(color))
         if c.subset == "all":
@@ -511,46 +778,74 @@ def look(c: Curve, among: Iterable[Curve] = ()) -> dict[str, Any]:
     return {"color": color, "linestyle": line, "marker": marker}
 
 
-def draw(
-    ax: Axes, points: dict[float, Stat], style: dict, label: str, behind: dict[float, Stat]
+def draw_curve(
+    page: Page,
+    ax: Axes,
+    points: pd.DataFrame,
+    style: dict,
+    label: str,
+    band: bool = True,
+    running: bool = False,
+    log: bool = False,
 ) -> None:
-    """Mean and band of one curve, and the paper's `behind` it, thin and without markers."""
+    """Mean and band of one curve; `log` for a logarithmic axis: the points are of logarithms."""
+    if not len(points):
+        return
+    x, mean = points.index.to_numpy(), points["mean"].to_numpy()
+    low, high = mean - points["sd"].to_numpy(), mean + points["sd"].to_numpy()
+    if log:
+        mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
+    [line] = ax.plot(
+        x, mean, ms=3.5, markevery=max(1, len(x) // 20), label=label, zorder=3, **style
+    )
+    page.note(label, line, points["n"], running)
+    if band and len(x) == 1:  # a band has no width
+        ax.errorbar(x, mean, [mean - low, high - mean], color=style["color"], lw=0.8, capsize=2)
+    elif band:
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.13, lw=0)
+
+
+def draw_behind(page: Page, ax: Axes, points: pd.DataFrame, style: dict, differs: str = "") -> None:
+    """The paper's curve, thin; `differs` says in what it is of another experiment."""
     thin = {**style, "marker": None, "lw": 0.8, "alpha": 0.8, "zorder": 1}
-    if behind:
-        ax.plot([*behind], [x.mean for x in behind.values()], label=SOURCE, **thin)
-    if points:
-        x, every = [*points], max(1, len(points) // 20)
-        mean, sd = (np.array([getattr(y, k) for y in points.values()]) for k in ("mean", "sd"))
-        ax.plot(x, mean, ms=3.5, markevery=every, label=label, zorder=3, **style)
-        if len(x) == 1:  # a band has no width
-            ax.errorbar(x, mean, sd, color=style["color"], lw=0.8, capsize=2)
-        ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
+    [line] = ax.plot(points.index, points["mean"], label=SOURCE, **thin)
+    page.note(f"{SOURCE}, {differs}" if differs else SOURCE, line)
 
 
-def outline(ax: Axes, values: list[np.ndarray], edges: np.ndarray, style: dict, label: str) -> None:
-    """Shares of pooled values in bins, as a stepped line; outliers count in the last bins."""
-    pooled = np.concatenate([v.ravel() for v in values]).clip(edges[0], edges[-1])
-    share = np.histogram(pooled, edges)[0] / len(pooled)
-    ax.stairs(share, edges, color=style["color"], ls=style["linestyle"], lw=1.2, label=label)
+def percent(points: pd.DataFrame) -> pd.DataFrame:
+    return points.assign(mean=100 * points["mean"], sd=100 * points["sd"])
 
 
-def ticks(ax: Axes, values: list[int]) -> None:
+def ticks(ax: Axes, values: Iterable[int]) -> None:
     """A log2 axis with these numbers on it."""
+    values = sorted(values)
     ax.set_xscale("log", base=2)
     ax.set_xticks(values, map(str, values), rotation=40, fontsize=6)
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def draw_levels(p: Picture, curves: list[Curve], title: str, noise: float = 0.0) -> None:
-    """A panel of accuracy against weights remaining, as in Figure 2."""
-    ax, remaining = p.panel("weights remaining (%)", "test accuracy", title), {}
-    for c in curves:
-        published = paper_curves(p.paper).get(c.key, Curve(*c.key))
-        ours, behind = ({x.remaining[k]: y for k, y in x.points.items()} for x in (c, published))
-        remaining |= published.remaining | c.remaining
-        draw(ax, ours, look(c, curves), c.legend, behind)
-    if dense := references(p.curves, p.paper, noise)[0]:
-        ax.axhline(dense.mean, label="dense", **DOTTED)
+def draw_levels(
+    page: Page, shown: list[Curve], plain: list[Curve], title: str, label: str = "short"
+) -> None:
+    """A panel of accuracy against weights remaining, as in Figure 2; `plain` curves are there to
+    compare with, and have no band."""
+    ax, remaining = page.panel("weights remaining (%)", "test accuracy (%)", title), {}
+    everything = all_data(page.curves)
+    for c in [*plain, *shown]:
+        style = look(c, everything if c in everything else shown)
+        theirs = published(c, page.paper) if c in shown else None
+        said = differs(c, theirs) if theirs else ""
+        twin = said and any(published(x, page.paper) is theirs for x in shown if x is not c)
+        for x in (c, theirs) if theirs and not twin else (c,):
+            remaining |= dict(x.points["weights_remaining"].items())
+        ours = percent(c.points).set_index("weights_remaining")
+        draw_curve(page, ax, ours, style, getattr(c, label), c in shown, c.running)
+        if theirs and not twin:
+            behind = percent(theirs.points).set_index("weights_remaining")
+            draw_behind(page, ax, behind, style, said)
+    dense = references((shown or plain)[0], page.curves, page.paper)[0] if shown or plain else None
+    if dense is not None:
+        page.note("dense", ax.axhline(100 * dense["mean"], label="dense", **DOTTED))
     chosen = [remaining[k] for k in sorted(remaining)[:: max(1, -(-len(remaining) // 8))]]
     ax.set_xscale("log")
     ax.set_xticks(chosen, [f"{100 * v:.3g}" for v in chosen])
@@ -561,325 +856,421 @@ def draw_levels(p: Picture, curves: list[Curve], title: str, noise: float = 0.0)
 # ---- the figures: each draws the panels of one picture, of one model -----------------------------
 
 
-def usual(curves: Iterable[Curve], noise: bool = False) -> list[Curve]:
-    """Random subsets, and easy and hard ones by EL2N, unbalanced; with or without label noise."""
-    return [c for c in pick(curves, metric="el2n", control="") if bool(c.noise) == noise]
-
-
-def main_setting(curves: list[Curve]) -> tuple[int, int]:
-    """Size and rewind step of Figure 2: a preset's if it is there, else the most frequent."""
-    found = Counter((c.size, c.rewind) for c in curves if c.subset != "all")
-    preset = [(p.size, p.rewind) for p in common.PRESETS.values() if (p.size, p.rewind) in found]
-    return (preset or [x for x, _ in found.most_common(1)] or [(0, 0)])[0]
-
-
-def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
-    """Figures 2, 4, 11, 13: a panel for each size, rewind step and noise; in Figure 2 the controls,
-    and runs from other initialisations, too."""
-    curves = [c for c in p.curves if c.points]
-    mine, full = usual(curves, noisy), all_data(curves)
-    settings = sorted({(c.noise, c.rewind, c.size) for c in mine if c.subset != "all"})
+def by_size(page: Page, noisy: bool = False, every_size: bool = False) -> None:
+    """Figures 2, 4, 11, 13: all data, a panel for each size, step and noise, in Figure 2 also the
+    controls and runs from starts of one's own."""
+    curves = [c for c in page.curves if len(c.points)]
+    mine, full = usual(curves, noisy, ranked=True), all_data(curves)
+    settings = sorted({(c.noise, c.step, c.size) for c in mine if c.subset != "all"})
     if not every_size:
         size, t = main_setting(mine)
         settings = [x for x in settings if x[1:] == (t, size)]
-    if not settings and not noisy and full:
-        settings = [(0.0, full[-1].rewind, 0)]
+    if full and not noisy and not every_size:
+        draw_levels(page, full, [], "all data")
     for noise, t, size in settings:
-        shown = pick(full, rewind=0) + pick(mine, subset="all", noise=noise) if noise else full[:]
-        if size:
-            ranked = mine + pick(curves, metric="el2n balanced", control="")
-            shown += pick(ranked, noise=noise, rewind=t, size=size)
-        if not (noisy or every_size):
-            tickets = {c.key for c in shown}
-            shown += [c for c in curves if c.control and (*c.key[:-1], "") in tickets]
-            shown += [c for c in curves if c.runs[0].settings.get("init")]
-        title = f"{size} examples, {t} steps" if size else "all data"
-        draw_levels(p, shown, title + f", {noise:.0%} noise" * bool(noise), noise)
+        shown = [c for c in mine if (c.noise, c.step, c.size) == (noise, t, size)]
+        steps = {0, t, 2 * t} if not every_size else {2 * t}
+        plain = [c for c in full if c.step in ({0} if noise else steps)]
+        plain += pick(mine, subset="all", noise=noise) if noise else []
+        title = f"{size} examples, {t} steps" + f", {noise:.0%} label noise" * bool(noise)
+        draw_levels(page, shown, plain, title)
+    if noisy or every_size:
+        return
+    shown = [c for c in curves if c.control and not c.noise]
+    tickets = [c for c in curves if any((c.what, c.step) == (x.what, x.step) for x in shown)]
+    tickets = [c for c in tickets if not (c.control or c.noise or c.extra or c.rate)]
+    own = [c for c in curves if c.extra and not c.noise]
+    if shown:
+        draw_levels(page, tickets + shown, [], "controls", "label")
+    if own:
+        draw_levels(page, own, full, "starts and variants of one's own", "label")
 
 
-def at_level(curves: list[Curve], level: int) -> dict[int, Stat]:
-    """Their accuracies at a level by size."""
-    have = sorted((c for c in curves if level in c.points), key=lambda c: c.size)
-    return {c.size: c.points[level] for c in have}
+def three_levels(curves: list[Curve]) -> tuple[int, ...]:
+    """The paper's 8, 10 and 12, or thirds of what there is."""
+    last = max((max(c.points.index) for c in curves if len(c.points)), default=0)
+    return (8, 10, 12) if last >= 12 else tuple(sorted({last, -(-2 * last // 3), -(-last // 3)}))
 
 
-def fig3(p: Picture) -> None:
+def fig3(page: Page) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
-    ours = pick(p.curves, metric={"el2n", "el2n balanced"}, control="", noise=0)
-    behind = [dataclasses.replace(c, metric=key[4]) for key, c in paper_curves(p.paper).items()]
-    ranked = [c for c in usual(ours) if c.subset != "all" and c.points]
-    steps = sorted({c.rewind for c in ranked})
-    steps = [t for t in steps if len({c.size for c in pick(ranked, rewind=t)}) > 1]
-    last = max((max(c.points) for c in pick(ranked, rewind={*steps})), default=0)
-    levels = (8, 10, 12) if last >= 12 else sorted({last, -(-2 * last // 3), -(-last // 3)})
-    for t, k in itertools.product(steps, levels):
-        left = next((c.remaining[k] for c in ranked if k in c.points), math.nan)
+    ours = [c for c in usual(page.curves, ranked=True) if len(c.points)]
+    behind, ranked = usual(paper_curves(page.paper), ranked=True), [c for c in ours if c.size]
+    steps = sorted({c.step for c in ranked})
+    steps = [t for t in steps if len({c.size for c in pick(ranked, step=t)}) > 1]
+    for t, k in itertools.product(steps, three_levels(pick(ranked, step={*steps}))):
+        here = [c for c in pick(ranked, step=t) if k in c.points.index]
+        left = next((c.points.loc[k, "weights_remaining"] for c in here), math.nan)
         title = f"level {k}, {left:.1%} of weights remaining"
-        ax, sizes = p.panel(f"examples trained on for {t} steps", "test accuracy", title), set()
-        for subset, metric in [(x, "el2n") for x in SUBSETS[1:]] + [("easy", "el2n balanced")]:
-            kind = Curve(subset, 0, t, 0, metric)
-            same = {"subset": subset, "metric": metric, "rewind": t, "noise": 0}
-            mine, published = at_level(pick(ours, **same), k), at_level(pick(behind, **same), k)
-            draw(ax, mine, look(kind), f"{kind.what} (n={counts(mine.values())})", published)
-            sizes |= {*mine, *published}
-        full = [c for c in all_data(ours) if k in c.points]
+        ax = page.panel(f"examples trained on for {t} steps", "test accuracy (%)", title)
+        kinds, sizes = {c.kind: c for c in here}, {c.size for c in here}
+        for kind, example in kinds.items():
+            alike = sorted((c for c in here if c.kind == kind), key=lambda c: c.size)
+            points = pd.DataFrame([c.points.loc[k] for c in alike], index=[c.size for c in alike])
+            going = any(c.running for c in alike)
+            draw_curve(page, ax, percent(points), look(example), example.short, True, going)
+            same = [c for c in pick(behind, subset=example.subset, step=t) if k in c.points.index]
+            said = differs(example, same[0]) if same else ""
+            if same and not (said and any(x.subset == "easy" and x.balance for x in here)):
+                same.sort(key=lambda c: c.size)
+                theirs = pd.DataFrame([c.points.loc[k] for c in same], index=[c.size for c in same])
+                draw_behind(page, ax, percent(theirs), look(example), said)
+                sizes |= {*theirs.index}
+        full = [c for c in all_data(ours) if k in c.points.index]
         for c in full:
             style = {**look(c, full), "marker": None}
-            ax.axhline(c.points[k].mean, lw=0.9, label=c.legend, **style)
-        ticks(ax, sorted(sizes))
+            line = ax.axhline(100 * c.points.loc[k, "mean"], lw=0.9, **style)
+            page.note(c.short, line, [c.points.loc[k, "n"]], c.running)
+        if (dense := references(here[0], ours, page.paper)[0] if here else None) is not None:
+            page.note("dense", ax.axhline(100 * dense["mean"], **DOTTED))
+        ticks(ax, sizes)
 
 
-def correlation(x: Iterable[float], y: Iterable[float]) -> str:
-    x, y = list(x), list(y)
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return f"n={len(x)}"
-    from scipy import stats
-
-    rank, plain = stats.spearmanr(x, y).statistic, stats.pearsonr(x, y).statistic
-    return f"Pearson {plain:.2f}, Spearman {rank:.2f}, n={len(x)}"
+def prelr(page: Page) -> None:
+    """Rates of pre-training, for each step at which there are several: the paper took the best."""
+    full = [c for c in pick(page.curves, subset="all", noise=0.0, control="", extra="") if c.step]
+    for t in sorted({c.step for c in full}):
+        if len(shown := sorted(pick(full, step=t), key=lambda c: c.rate)) > 1:
+            draw_levels(page, shown, pick(all_data(page.curves), step=0), f"all data, {t} steps")
 
 
-def barriers(p: Picture) -> list[dict]:
+def barriers(page: Page) -> pd.DataFrame:
     """A row for each replicate of lmc: its barriers, and the accuracy that imp runs of its model
     reached from the same w_tr at the level of Figure 5, or at the last that each of them has."""
-    model, wanted = p.curves[0].runs[0].place[1], FINAL_LEVEL.get(p.paper, 7)
-    imps = [x for x in p.results.runs if x.place[:2] == ("imp", model) and "pretrain" in x.result]
-    imps = [x for x in imps if x.result["levels"] and not x.settings.get("control")]
-    reached = [len(x.result["levels"]) - 1 for x in imps]
-    level = wanted if not reached or max(reached) >= wanted else min(reached)
-    final = {
-        (x.result["pretrain"]["fingerprint"], x.settings["steps"]): x.result["levels"][level]
-        for x in imps
-        if len(x.result["levels"]) > level
-    }
-    rows = []
-    for c, run in ((curve, run) for curve in p.curves for run in curve.runs if run.done):
-        start = run.result["pretrain"]
-        end = final.get((start["fingerprint"], run.settings["steps"]), {})
-        row = {"configuration": c.label, "replicate": run.settings["replicate"]}
-        row |= {k: run.result[k] for k in ("loss_barrier", "error_barrier", "connected")}
-        row |= {"pretrain_accuracy": start["test_accuracy"], "level": level}
-        rows.append(row | {"final_accuracy": end.get("test_accuracy")})
+    model, wanted = page.rows["model"].iloc[0], FINAL_LEVEL.get(page.paper, 7)
+    imp = page.table[(page.table["stage"] == "imp") & (page.table["model"] == model)]
+    imp = imp[(imp["control"] == "") & imp["start"].notna() & imp["level"].notna()]
+    reached = imp.groupby("folder")["level"].max()
+    level = wanted if not len(reached) or reached.max() >= wanted else int(reached.min())
+    final = imp[imp["level"] == level].drop_duplicates(["start", "steps"])
+    final = final.set_index(["start", "steps"])["test_accuracy"]
+    rows = page.rows[page.rows["done"] & page.rows["loss_barrier"].notna()].copy()
+    rows["configuration"] = ""
+    for c in page.curves:
+        rows.loc[rows.index.intersection(c.rows.index), "configuration"] = c.label
+    rows["level"] = level
+    keys = zip(rows["start"], rows["steps"], strict=True)
+    rows["final_accuracy"] = [final.get(key, math.nan) for key in keys]
     return rows
 
 
-def draw_barriers(p: Picture, subset: str, size: int, t: int) -> None:
-    """A histogram of Figure 5: pairs, examples and replicates pooled; the paper's scaled to our
-    count."""
-    what, edges = "all data" if subset == "all" else f"{subset} {size}", np.arange(-5, 10.5, 0.5)
-    ax = p.panel("loss barrier of an example", "count", f"{what}, {t} steps")
-    for c in pick(usual(p.curves), subset=subset, size=size, rewind=t):
-        pooled = np.concatenate([[], *map(np.ravel, load_all(c, "loss_barrier_pairs.npy"))])
-        outside = np.mean((pooled < edges[0]) | (pooled > edges[-1])) if len(pooled) else 0
-        label = f"n={len(c.runs)}, {outside:.1%} outside"
-        ax.hist(pooled, edges, color=look(c)["color"], alpha=0.55, label=label)
-        rows = [x for x in paper_rows("lmc_histograms.csv") if x["dataset"] == p.paper]
-        rows = [x for x in rows if x["pretraining"] == f"{what}, {t} it"]
-        if rows:
-            published = np.array([int(x["count_of_1080000"]) for x in rows])
-            scaled = published / published.sum() * len(pooled)
-            ax.stairs(scaled, edges, color="k", lw=0.7, label=SOURCE)
-        ax.legend(loc="upper right", handlelength=2)
+def draw_histogram(page: Page, curves: list[Curve], what: str, t: int, edges: np.ndarray) -> None:
+    """A histogram of Figure 5: pairs, examples and replicates pooled."""
+    ax = page.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
+    for c in curves:
+        values = np.concatenate([[], *map(np.ravel, load_all(c.rows, "loss_barrier_pairs.npy"))])
+        if len(values):
+            share = 100 * np.histogram(values, edges)[0] / len(values)
+            outside = f"{np.mean((values < edges[0]) | (values > edges[-1])):.1%} outside"
+            bars = ax.stairs(share, edges, fill=True, color=look(c)["color"], alpha=0.55)
+            ax.annotate(f"n={c.rows['replicate'].nunique()}, {outside}", (0.97, 0.93),
+                        xycoords="axes fraction", ha="right", fontsize=7)  # fmt: skip
+            page.note(f"{c.subset}, all pairs and examples", bars)
+    rows = paper_table("lmc_histograms.csv")
+    rows = rows[rows["dataset"] == page.paper] if len(rows) else rows
+    rows = rows[rows["pretraining"] == f"{what}, {t} it"] if len(rows) else rows
+    if len(rows):
+        bins, count = [*rows["bin_lo"], rows["bin_hi"].iloc[-1]], rows["count_of_1080000"]
+        page.note(SOURCE, ax.stairs(100 * count / count.sum(), bins, color="k", lw=0.7))
 
 
-def draw_forecast(p: Picture, rows: list[dict], key: str, column: str, xlabel: str) -> None:
+def correlate(rows: pd.DataFrame, key: str, value: str = "final_accuracy") -> dict[str, Any]:
+    known = rows.dropna(subset=[key, value])
+    row: dict[str, Any] = {"n": len(known), **dict.fromkeys(("pearson", "p", "spearman", "p_rank"))}
+    if len(known) > 2 and known[key].nunique() > 1 and known[value].nunique() > 1:
+        plain, rank = (f(known[key], known[value]) for f in (stats.pearsonr, stats.spearmanr))
+        row |= {"pearson": plain.statistic, "p": plain.pvalue}
+        row |= {"spearman": rank.statistic, "p_rank": rank.pvalue}
+    return row
+
+
+def draw_forecast(page: Page, rows: pd.DataFrame, key: str, column: str, xlabel: str) -> None:
     """Figure 5 right: final accuracy against a forecast of it, a point for each replicate."""
-    level = rows[0]["level"] if rows else FINAL_LEVEL.get(p.paper, 7)
-    found = correlation((x[key] for x in rows), (x["final_accuracy"] for x in rows))
-    ax = p.panel(xlabel, f"test accuracy at level {level}", found)
-    for x in paper_rows("lmc_scatter.csv"):
-        y = x["final_test_accuracy_level7"]
-        if x["dataset"] == p.paper and x[column] and y[0] != "<":
-            color, _, marker = LOOK[x["subset_method"]]
-            kind = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
-            ax.scatter(float(x[column]), float(y), lw=0.5, alpha=0.6, zorder=1, **kind)
-    for c in p.curves:
-        if mine := [x for x in rows if x["configuration"] == c.label]:
-            x, y = ([row[k] for row in mine] for k in (key, "final_accuracy"))
-            style = {k: v for k, v in look(c, p.curves).items() if k != "linestyle"}
-            ax.scatter(x, y, s=22, label=c.label, **style)
+    every, later = (correlate(x, key) for x in (rows, rows[rows["rewind"] > 0]))
+    said = [f"r = {x['pearson']:.2f}{what} (n={x['n']})" for x, what in ((every, ""), (later, " without step 0"))
+            if x["pearson"] is not None and (what == "" or x["n"] < every["n"])]  # fmt: skip
+    level = int(rows["level"].iloc[0]) if len(rows) else FINAL_LEVEL.get(page.paper, 7)
+    ylabel = f"test accuracy at level {level} (%)"
+    ax, scale = page.panel(xlabel, ylabel, "; ".join(said)), 100 if "accuracy" in key else 1
+    theirs = paper_table("lmc_scatter.csv")
+    theirs = theirs[theirs["dataset"] == page.paper] if len(theirs) else theirs
+    for method, group in theirs.groupby("subset_method") if len(theirs) else ():
+        y = pd.to_numeric(group["final_test_accuracy_level7"], errors="coerce")
+        color, _, marker = LOOK[method]
+        style = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
+        dots = ax.scatter(scale * group[column], 100 * y, lw=0.5, alpha=0.6, zorder=1, **style)
+        page.note(SOURCE, dots)
+    for c in page.curves:
+        mine = rows[rows["configuration"] == c.label]
+        if len(mine):
+            style = {k: v for k, v in look(c, page.curves).items() if k != "linestyle"}
+            dots = ax.scatter(scale * mine[key], 100 * mine["final_accuracy"], s=22, **style)
+            page.note(c.label, dots, [len(mine)])
 
 
-def fig5(p: Picture) -> None:
+def fig5(page: Page) -> None:
     """Four histograms of barriers, and final accuracy against two forecasts of it."""
-    rows = barriers(p)
-    if not rows:
+    rows, mine = barriers(page), usual(page.curves)
+    if not len(rows):
         return
-    rows = [x for x in rows if x["final_accuracy"] is not None]
-    size, t = HISTOGRAMS.get(p.paper, (0, 0))
-    if not pick(usual(p.curves), subset={"random", "easy"}, size=size, rewind=t):
-        size, t = main_setting(usual(p.curves))
-    draw_barriers(p, "all", 0, t)
-    draw_barriers(p, "all", 0, 2 * t)
-    at_start = "test accuracy at w_tr"
-    draw_forecast(p, rows, "pretrain_accuracy", "pretrain_test_accuracy", at_start)
-    draw_barriers(p, "random", size, t)
-    draw_barriers(p, "easy", size, t)
-    draw_forecast(p, rows, "loss_barrier", "mean_train_loss_barrier", "mean loss barrier")
+    rows = rows.dropna(subset=["final_accuracy"])
+    random, easy, t = HISTOGRAMS.get(page.paper, (0, 0, 0))
+    if not pick(mine, subset={"random", "easy"}, size={random, easy}, step=t):
+        random, t = main_setting(mine)
+        easy = random
+    four = [("all", 0, t), ("all", 0, 2 * t), ("random", random, t), ("easy", easy, t)]
+    found = [pick(mine, subset=s, size=n, step=step) for s, n, step in four]
+    pooled = [
+        np.ravel(x) for c in sum(found, []) for x in load_all(c.rows, "loss_barrier_pairs.npy")
+    ]
+    edges = np.arange(-5, 10.5, 0.5)  # the paper's
+    if pooled and not len(paper_table("lmc_histograms.csv").query("dataset == @page.paper")):
+        low, high = np.quantile(np.concatenate(pooled), (0.005, 0.995))
+        edges = np.linspace(low, high, 31) if low < high else edges
+    for k, (s, n, step) in enumerate(four):
+        if k == 2:
+            at_start = "test accuracy at w_tr (%)"
+            draw_forecast(page, rows, "pretrain_accuracy", "pretrain_test_accuracy", at_start)
+        draw_histogram(page, found[k], f"{s} {n}" if n else "all data", step, edges)
+    draw_forecast(page, rows, "loss_barrier", "mean_train_loss_barrier", "mean loss barrier")
 
 
-def trained(c: Curve) -> tuple[list[float], int]:
-    """Accuracies of the runs of a warmup that learned, and how many did not."""
-    results = [x.result for x in c.runs if x.done]
-    good = [x["test_accuracy"] for x in results if x["outcome"] == "trained"]
-    return good, len(results) - len(good)
+def trained(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["outcome"] == "trained"]
 
 
-def draw_sharpness(ax: Axes, c: Curve, style: dict, label: str) -> None:
-    found = itertools.chain(*(x.result["sharpness"] for x in c.runs if x.done))
-    found = [(x["step"], x["eigenvalue"]) for x in found if x["eigenvalue"] is not None]
-    draw(ax, summaries(found), style, f"{label} (n={len(c.runs)})", {})
+def sharpness(rows: pd.DataFrame) -> pd.DataFrame:
+    """The logarithm of the top eigenvalue by step: mean, sd and n, of positive values."""
+    pairs = rows["sharpness"].explode().dropna()
+    each = pd.DataFrame([*pairs], columns=["step", "eigenvalue"], dtype=float)
+    each = each[each["eigenvalue"] > 0]
+    return summarise(each.assign(log=np.log(each["eigenvalue"])), "step", "log")
 
 
-def fig6(p: Picture) -> None:
-    """A column for each kind of subset, with a curve for each size, balance and offset: accuracies
-    by length of warmup in the first row, sharpness at a typical length in the second."""
-    curves = [c for c in p.curves if not c.noise and any(x.done for x in c.runs)]
-    warmed = sorted((c for c in curves if c.rewind), key=lambda c: (c.size, c.metric, c.rewind))
-    groups = [*grouped(((c.subset, c.size, c.metric), c) for c in warmed).values()]
-    windows = {g[0].size for g in groups if " from " in g[0].metric}
-    columns = {kind: [g for g in groups if g[0].subset == kind] for kind in SUBSETS[1:]}
-    columns["windows"] = [g for g in columns["easy"] if g[0].size in windows]
-    columns["windows"] = [g for g in columns["windows"] if "balanced" not in g[0].metric]
-    columns["easy"] = [g for g in columns["easy"] if " from " not in g[0].metric]
-    everything = [g for g in groups if g[0].subset == "all"]
-    columns = {kind: shown for kind, shown in columns.items() if shown} or {"all": []}
-    tops = [p.panel("steps of warmup", "test accuracy", kind) for kind in columns if groups]
-    for top, shown in zip(tops, columns.values(), strict=False):
-        bottom, lengths = p.panel("step", "top Hessian eigenvalue"), set()
-        for g in shown + everything:
-            style, c = look(g[0], [x[0] for x in shown]), (pick(g, rewind=1600) or g)[-1]
-            published = paper_warmup(c) if p.paper == "cifar10" else {}
-            points = {x.rewind: summary(trained(x)[0]) for x in g if trained(x)[0]}
-            n, lost = max(len(x.runs) for x in g), sum(trained(x)[1] for x in g)
-            about = f"{c.what} (n={n}" + f", {lost} not trained" * bool(lost) + ")"
-            draw(top, points, style, about, published)
-            draw_sharpness(bottom, c, style, f"{c.what}, warmup {c.rewind}")
-            lengths |= {*points, *published}
-        for c in pick(curves, rewind=0):
-            draw_sharpness(bottom, c, {**look(c), "color": "0.6"}, "no warmup")
-            if good := trained(c)[0]:
-                top.axhline(np.mean(good), label="no warmup", **DOTTED)
-        ticks(top, sorted(lengths))
-        bottom.set_yscale("log")
+def fig6(page: Page) -> None:
+    """A column for each kind of subset: accuracies by length of warmup, then the sharpness at a
+    typical length (geometric means and deviations)."""
+    curves = [c for c in page.curves if not c.noise]
+    warmed = sorted((c for c in curves if c.step), key=lambda c: (c.size, c.offset, c.step))
+    lengths = sorted({c.step for c in warmed})
+    typical = 1600 if 1600 in lengths else lengths[-1] if lengths else 0
+    columns = {k: [c for c in warmed if c.subset == k and not c.offset] for k in SUBSETS[1:]}
+    sizes = {c.size for c in warmed if c.offset}
+    columns["windows"] = [
+        c for c in warmed if c.subset == "easy" and c.size in sizes and not c.balance
+    ]
+    columns = {k: v for k, v in columns.items() if v} or {"all": []}
+    everything, first = pick(warmed, subset="all"), None
+    if len(lengths) < 2:
+        draw_outcomes(page, pick(curves, step=0) + everything + pick(warmed, subset=SUBSETS[1:]))
+    for kind, shown in columns.items() if len(lengths) > 1 else ():
+        ax = page.panel("steps of warmup", "test accuracy (%)", kind, sharey=first)
+        first, here = first or ax, set(lengths)
+        for key in dict.fromkeys((c.kind, c.size) for c in shown + everything):
+            alike = [c for c in shown + everything if (c.kind, c.size) == key]
+            style = look(alike[0], [*{(c.kind, c.size): c for c in shown}.values()])
+            rows = pd.concat([c.rows for c in alike])
+            lost = int((rows["done"] & (rows["outcome"] != "trained")).sum())
+            what = alike[0].what + f", {lost} not trained" * bool(lost)
+            points = percent(summarise(trained(rows), "warmup"))
+            draw_curve(page, ax, points, style, what, running=any(c.running for c in alike))
+            theirs = paper_warmup(alike[0]) if page.paper == "cifar10" else ()
+            if len(theirs):
+                draw_behind(page, ax, percent(theirs), style)
+                here |= {*theirs.index}
+        for c in pick(curves, step=0):
+            if len(good := trained(c.rows)):
+                level = 100 * good["test_accuracy"].mean()
+                page.note("no warmup", ax.axhline(level, **DOTTED), [len(good)])
+        ticks(ax, here)
+    first = None
+    for kind, shown in columns.items():
+        ax = page.panel("step", "top Hessian eigenvalue", f"{kind}, warmup {typical}", sharey=first)
+        first = first or ax
+        shown = pick(shown + everything, step=typical)
+        for c in shown + pick(curves, step=0):
+            style = look(c, [x for x in shown if x.subset != "all"])
+            style |= {"color": "0.6"} if not c.step else {}
+            label = c.what if c.step else "no warmup"
+            draw_curve(page, ax, sharpness(c.rows), style, label, True, c.running, log=True)
+        ax.set_yscale("log")
 
 
-def tracked(c: Curve, kind: str) -> dict[int, Stat]:
+def draw_outcomes(page: Page, curves: list[Curve]) -> None:
+    """Accuracies of a single length of warmup: a column a configuration, a dot a replicate."""
+    shown = [(c, trained(c.rows)["test_accuracy"]) for c in curves]
+    shown = [(c, 100 * x) for c, x in shown if len(x)]
+    if not shown:
+        return
+    length = max(c.step for c, _ in shown)
+    ax = page.panel(
+        "", "test accuracy (%)", f"warmup {length}; bars: means" if length else "no warmup"
+    )
+    for k, (c, x) in enumerate(shown):
+        color = look(c)["color"] if c.step else "0.6"
+        ax.scatter([k] * len(x), x, s=14, color=color, alpha=0.7)
+        ax.hlines(x.mean(), k - 0.25, k + 0.25, color=color)
+    names = [(c.what if c.step else "none") + f"\n(n={len(x)})" for c, x in shown]
+    ax.set_xticks(range(len(shown)), names, fontsize=6.5)
+
+
+def tracked(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     """A column of the logs by step; of coherence the band is over all batches of all replicates."""
     values = []
-    for run in c.runs:
-        rows = [x for x in runs.read_rows(run.folder / "log.csv") if x.get(kind)]
-        path = run.folder / f"{kind}.npy"
-        each = load(path) if path.exists() else None
-        if each is None or len(each) != len(rows):
-            each = [[float(x[kind])] for x in rows]
-        for x, batches in zip(rows, each, strict=True):
+    for folder in rows["folder"].unique():
+        log = Path(folder) / "log.csv"
+        logged = [x for x in runs.read_rows(log) if x.get(kind)] if log.exists() else []
+        each = load(Path(folder) / f"{kind}.npy")
+        if each is None or len(each) != len(logged):
+            each = [[float(x[kind])] for x in logged]
+        for x, batches in zip(logged, each, strict=True):
             values += [(int(x["step"]), float(v)) for v in batches]
-    return summaries(values)
+    return summarise(pd.DataFrame(values, columns=["step", kind]), "step", kind)
 
 
-def fig7(p: Picture) -> None:
-    """Learning curves and coherence; a panel for each set of easy examples that was watched, those
-    of --easy-size and --easy-balance, else of the subset trained on, else of the preset."""
-    curves, easy = pick(p.curves, rewind=max(c.rewind for c in p.curves)), defaultdict(list)
-    for c in curves:
-        s = c.runs[0].settings
-        preset = common.PRESETS.get(s["dataset"])
-        size = s.get("easy_size") or s.get("size") or (preset.size if preset else "")
-        within = ", class by class" * bool(s.get("easy_balance") or s.get("balance"))
-        easy[f"accuracy on the easiest {size}{within}"].append(c)
+def watched(page: Page, c: Curve) -> str:
+    """The easy examples whose accuracy a run of pretrain.py logs: those of --easy-size and
+    --easy-balance, else of the subset trained on, else of the preset."""
+    found = re.search(r"-rewind\d+-easy(\d+)(balanced)?", c.rows["name"].iloc[0])
+    preset = options.PRESETS.get(page.dataset)
+    size = found[1] if found else c.size or (preset.size if preset else "")
+    within = ", class by class" * bool(found[2] if found else c.balance)
+    return f"accuracy on the easiest {size}{within}"
+
+
+def fig7(page: Page) -> None:
+    """Learning curves and coherence; a panel for each set of easy examples that was watched."""
+    curves = pick(page.curves, step=max(c.step for c in page.curves))
     kinds = [("test_accuracy", "test accuracy", curves)]
     kinds += [("train_accuracy", "accuracy on all training data", curves)]
-    kinds += [("easy_accuracy", title, shown) for title, shown in easy.items()]
+    for title in dict.fromkeys(watched(page, c) for c in curves):
+        kinds.append(("easy_accuracy", title, [c for c in curves if watched(page, c) == title]))
     kinds += [("coherence", "gradients of batches against their mean", curves)]
     for kind, title, shown in kinds:
-        found = [(c, points) for c in shown if (points := tracked(c, kind))]
-        ylabel = "cosine" if kind == "coherence" else "accuracy"
-        ax = p.panel("step", ylabel, title) if found else None
+        found = [(c, points) for c in shown if len(points := tracked(c.rows, kind))]
+        cosine = kind == "coherence"
+        ax = page.panel("step", "cosine" if cosine else "accuracy (%)", title) if found else None
         for c, points in found:
-            draw(ax, points, look(c, curves), c.legend, {})
+            n = points.assign(n=c.rows["replicate"].nunique())
+            draw_curve(
+                page, ax, n if cosine else percent(n), look(c, curves), c.label, True, c.running
+            )
 
 
-def fig8(p: Picture) -> None:
-    """Norms of minibatch gradients, pooled over the first 200 steps."""
-    curves = pick(p.curves, rewind=min(c.rewind for c in p.curves))
-    found = [(c, [x[:200] for x in load_all(c, "gradient_norm.npy")]) for c in curves]
+def draw_shares(
+    page: Page, ax: Axes, values: list, edges: np.ndarray, style: dict, label: str
+) -> None:
+    """A stepped line of the shares of values in bins, mean and band over replicates; what is
+    outside counts in the end bins."""
+    share = [
+        100 * np.histogram(x.ravel().clip(edges[0], edges[-1]), edges)[0] / x.size for x in values
+    ]
+    mean, sd = np.mean(share, 0), np.std(share, 0, ddof=1) if len(share) > 1 else 0
+    line = ax.stairs(mean, edges, color=style["color"], ls=style["linestyle"], lw=1.2)
+    ax.stairs(mean + sd, edges, baseline=mean - sd, fill=True, color=style["color"], alpha=0.13)
+    page.note(label, line, [len(values)])
+
+
+def fig8(page: Page) -> None:
+    """Norms of minibatch gradients over the first 200 steps."""
+    curves = pick(page.curves, step=min(c.step for c in page.curves))
+    found = [(c, [x[:200] for x in load_all(c.rows, "gradient_norm.npy")]) for c in curves]
     found = [(c, norms) for c, norms in found if norms]
     if not found:
         return
-    steps = min(200, curves[0].rewind)
-    ax = p.panel(f"norm of a minibatch gradient, first {steps} steps", "share")
+    steps = min(200, curves[0].step)
+    ax = page.panel(f"norm of a minibatch gradient, first {steps} steps", "share (%)")
     edges = np.linspace(0, max(x.max() for _, norms in found for x in norms), 41)
     for c, norms in found:
-        outline(ax, norms, edges, look(c, [c for c, _ in found]), c.legend)
+        draw_shares(page, ax, norms, edges, look(c, [c for c, _ in found]), c.label)
 
 
-def fig9(p: Picture) -> None:
-    """One replicate, not averaged: all data at t and 2t, and the easy subset at t."""
-    size, t = main_setting(usual(p.curves))
+def projected(c: Curve, level: int) -> list[np.ndarray]:
+    """The error of w_tr on each example under the mask of a level, of each replicate."""
+    each = [x[level] for x in load_all(c.rows, "projected_error.npy") if level < len(x)]
+    if not each:  # format 2
+        states = load_all(c.rows, f"level{level:02d}.pt")
+        each = [x["projected_error"].numpy() for x in states if "projected_error" in x]
+    return each
+
+
+def fig9(page: Page) -> None:
+    """Each pre-training before and after projection; then all before, and all after."""
+    size, t = main_setting(usual(page.curves))
     shown = [("all", 0, t), ("all", 0, 2 * t), ("easy", size, t)]
-    curves = [c for c in usual(p.curves) if c.points and c.key[:3] in shown]
-    last = min(6, *(max(c.points) for c in curves)) if curves else 0
-    edges = np.linspace(0, math.sqrt(2), 41)
-    for level in (0, last) if curves else ():
-        title = f"under the mask of level {level}" if level else "dense"
-        ax = p.panel("||softmax - onehot|| of an example at w_tr", "share", title)
+    curves = [
+        c for c in usual(page.curves) if len(c.points) and (c.subset, c.size, c.step) in shown
+    ]
+    last = min(6, *(max(c.points.index) for c in curves)) if curves else 0
+    errors = {(c, k): projected(c, k) for c in curves for k in {0, last}}
+    curves = [c for c in curves if errors[c, 0] and errors[c, last]]
+    edges, axis = np.linspace(0, math.sqrt(2), 41), "||softmax - onehot|| of an example at w_tr"
+    under = {0: "dense", last: f"under the mask of level {last}"}
+    for c in curves:
+        ax = page.panel(axis, "share (%)", c.label)
+        for k, title in under.items():
+            style = {"color": ("0.4", "#b03060")[k > 0], "linestyle": ("--", "-")[k > 0]}
+            draw_shares(page, ax, errors[c, k], edges, style, title)
+    for k, title in under.items() if curves else ():
+        ax = page.panel(axis, "share (%)", title)
         for c in curves:
-            run = min(c.runs, key=lambda x: x.settings["replicate"])
-            state = load(run.folder / f"level{level:02d}.pt") or {}
-            label = f"{c.label}, replicate {run.settings['replicate']}"
-            if "projected_error" in state:
-                outline(ax, [state["projected_error"].numpy()], edges, look(c, curves), label)
+            draw_shares(page, ax, errors[c, k], edges, look(c, curves), c.label)
 
 
-def rivals(p: Picture, metric: str) -> None:
+def rivals(page: Page, metric: str) -> None:
     """Figures 10 and 12: other scores against EL2N; pruning after pre-training by them, by EL2N
     with and without balance, and on random subsets."""
-    model, data = p.curves[0].runs[0].place[1], p.curves[0].runs[0].settings["data"]
-    clean = [m for m in p.results.metrics.values() if (m["model"], m["data"]) == (model, data)]
-    clean = [m for m in clean if not m["label_noise"][0]]
-    el2n = [m for m in clean if m["metric"] == "el2n"]
-    other = [m for m in clean if m["metric"].startswith(metric)]
-    other = [m for m in other if m["metric"] != "lmc" or m["folder"].name.startswith("all")]
+    scores = page.metrics()
+    other = [m for m in scores if m["metric"] == metric]
+    other = [m for m in other if metric != "lmc" or m["folder"].name.startswith("all")]
     other.sort(key=lambda m: m.get("rewind", 0))
-    for a, b in itertools.product(other, el2n):
+    for a, b in itertools.product(other, [m for m in scores if m["metric"] == "el2n"]):
         y, x = (load(m["folder"] / "scores.npy") for m in (a, b))
         if x is not None and y is not None:
-            xlabel = f"EL2N score at step {b['score_step']}; darker: more"
-            ax = p.panel(xlabel, f"{a['name']} score", correlation(x, y))
-            ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis_r", mincnt=1, lw=0.1)
-    curves = [c for c in p.curves if c.points and not c.control and not c.noise]
-    by = [c for c in curves if c.metric.split()[0] == metric]
-    rival = sorted({c.metric for c in by}, key=lambda x: (len(x), x))  # lmc 800, lmc 1600
-    order = [("random", "el2n")] + [("easy", x) for x in ("el2n", "el2n balanced", *rival)]
-    for size, t in sorted({(c.size, c.rewind) for c in by}):
-        ranked = pick(curves, size=size, rewind=t)
-        shown = [c for subset, x in order for c in pick(ranked, subset=subset, metric=x)]
-        draw_levels(p, all_data(curves) + shown, f"{size} examples, {t} steps")
+            r = stats.spearmanr(x, y).statistic
+            title = f"Pearson {np.corrcoef(x, y)[0, 1]:.2f}, Spearman {r:.2f}, n={len(x)}"
+            ax = page.panel(f"EL2N score at step {b['score_step']}", f"{a['name']} score", title)
+            cells = ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis", mincnt=1, lw=0.1)
+            bar = page.figure.colorbar(cells, cax=ax.inset_axes([1.02, 0, 0.03, 1]))
+            bar.set_label("examples")
+    curves = [c for c in page.curves if len(c.points) and not (c.control or c.noise or c.extra)]
+    by = [c for c in curves if c.metric.split()[:1] == [metric]]
+    for size, t in sorted({(c.size, c.step) for c in by}):
+        ranked = [
+            c for c in curves if (c.size, c.step) == (size, t) and not c.offset and not c.rate
+        ]
+        kinds = [pick(ranked, subset="random"), pick(ranked, subset="easy", metric="el2n")]
+        rival = sorted((c for c in ranked if c in by), key=lambda c: (len(c.metric), c.metric))
+        plain = [c for c in all_data(curves) if c.step in (0, t, 2 * t)]
+        draw_levels(page, [*itertools.chain(*kinds), *rival], plain, f"{size} examples, {t} steps")
 
 
-def examples(r: Results) -> Iterator[tuple[str, Figure]]:
+def examples(
+    table: pd.DataFrame, outs: Iterable[Path], data_dir: Path, folders: Iterable[str] = ()
+) -> Iterator[tuple[str, Picture]]:
     """The easiest and the hardest training images of each class by EL2N, beside the distribution
-    of scores in it."""
+    of scores in it; `folders` of images by their paths."""
     each = 8  # images at either end
-    for m in [m for m in r.metrics.values() if m["metric"] == "el2n" and not m["label_noise"][0]]:
+    found = [m for out in outs for m in read_metrics(Path(out)) if m["metric"] == "el2n"]
+    for m in [m for m in found if not m["label_noise"][0]]:
         scores, name = load(m["folder"] / "scores.npy"), m["dataset"]
-        name = next((d for d in r.datasets if Path(d).name == name), name)
+        name = next((d for d in folders if Path(d).stem == name), name)
         try:
-            data = common.load_data(name, r.data_dir, common.torch.device("cpu"))
+            data = load_images(name, data_dir)
         except runs.UserError as e:
             skipped(e)
             continue
-        labels, images = data.train_labels.numpy(), data.train_images.numpy()
-        if scores is None or data.fingerprint != m["data"] or len(scores) != len(labels):
-            skipped(f"{m['folder']}: scores of other data than {r.data_dir} holds")
+        images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
+        known = getattr(data, "fingerprint", m["data"])
+        if scores is None or known != m["data"] or len(scores) != len(labels):
+            skipped(f"{m['folder']}: scores of other data than {data_dir} holds")
             continue
         of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
         of_class.sort(key=lambda i: np.median(scores[i]))
         ranked = [i[np.argsort(scores[i], kind="stable")] for i in of_class]
         rows, (height, width, channels) = len(ranked), images.shape[1:]
-        size = (7, 1 + 0.22 * rows)
-        figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
+        figure = Picture(figsize=(7, 1 + 0.22 * rows), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
         ends = (("easiest", slice(each)), ("hardest", slice(-each, None)))
         for ax, (title, chosen) in zip(axes, ends, strict=False):
             tiles = np.full((rows, height + 1, each, width + 1, channels), images.max())
@@ -896,114 +1287,353 @@ def examples(r: Results) -> Iterator[tuple[str, Figure]]:
         yield f"{m['model']}-{m['folder'].name}", figure
 
 
+def load_images(name: str, data_dir: Path) -> Any:
+    """Training images and labels; imported late, since no other figure needs data."""
+    import torch
+
+    import common
+
+    return common.load_data(name, data_dir, torch.device("cpu"))
+
+
 ALL, NOISY = (*PUBLISHED, "digits"), ("cifar10", "digits")
+LEVELS = "Test accuracy against the weights that remain, by what pre-training saw."
 
 
 class Kind(NamedTuple):
     stage: str  # that makes its runs
     draw: Callable
+    caption: str
     grid: tuple[str, ...] = ALL  # the data sets whose grid in run_all.sh has it
     columns: int = 3
-    shared: bool = False  # one legend for all panels
 
 
 partial = functools.partial
 FIGURES = {
-    "fig2": Kind("imp", by_size),
-    "fig3": Kind("imp", fig3, shared=True),
-    "fig4": Kind("imp", partial(by_size, noisy=True), NOISY),
-    "fig5": Kind("lmc", fig5, shared=True),
-    "fig6": Kind("warmup", fig6, ("cifar10", "digits"), columns=4),
-    "fig7": Kind("pretrain", fig7, ("cifar100", "digits"), columns=2, shared=True),
-    "fig8": Kind("pretrain", fig8, ("cifar10", "digits")),
-    "fig9": Kind("imp", fig9, shared=True),
-    "fig10": Kind("imp", partial(rivals, metric="lmc"), ("cifar100", "cinic10", "digits")),
-    "fig11": Kind("imp", partial(by_size, every_size=True)),
-    "fig12": Kind("imp", partial(rivals, metric="forgetting"), ("cifar10", "digits")),
-    "fig13": Kind("imp", partial(by_size, noisy=True, every_size=True), NOISY),
-    "examples": Kind("el2n", examples),
-}
+    "fig2": Kind("imp", by_size, LEVELS),
+    "fig3": Kind("imp", fig3, "Test accuracy against the size of the subset, at three levels."),
+    "fig4": Kind("imp", partial(by_size, noisy=True), f"{LEVELS} Labels are resampled in it.", NOISY),
+    "fig5": Kind("lmc", fig5, "Loss barriers between children of one start, halfway, and the final "
+                 "accuracy of pruning from it; a dot is a replicate."),
+    "fig6": Kind("warmup", fig6, "Warmup of the learning rate on a subset: final accuracy, and the "
+                 "top Hessian eigenvalue (geometric mean and deviation).", NOISY, 4),
+    "fig7": Kind("pretrain", fig7, "Learning curves of pre-training, and the cosine of minibatch "
+                 "gradients with their mean.", ("cifar100", "digits"), 2),
+    "fig8": Kind("pretrain", fig8, "Norms of minibatch gradients.", NOISY),
+    "fig9": Kind("imp", fig9, "Error of w_tr on each training example, dense and under the mask of a "
+                 "level."),
+    "fig10": Kind("imp", partial(rivals, metric="lmc"), f"LMC scores against EL2N. {LEVELS}",
+                  ("cifar100", "cinic10", "digits")),
+    "fig11": Kind("imp", partial(by_size, every_size=True), LEVELS),
+    "fig12": Kind("imp", partial(rivals, metric="forgetting"),
+                  f"Forgetting scores against EL2N. {LEVELS}", NOISY),
+    "fig13": Kind("imp", partial(by_size, noisy=True, every_size=True),
+                  f"{LEVELS} Labels are resampled in it.", NOISY),
+    "prelr": Kind("imp", prelr, "Test accuracy against the weights that remain, by the learning rate "
+                  "of pre-training."),
+    "examples": Kind("el2n", examples, "Easiest and hardest training images of each class, and the "
+                     "distribution of scores in it."),
+}  # fmt: skip
 
 
-def drawn(r: Results, figure: str) -> Iterator[tuple[str, Figure]]:
-    """(name, picture) of each model that has the runs of a figure."""
-    stage, draw_panels, _, columns, shared = FIGURES[figure]
+def drawn(
+    figure: str, table: pd.DataFrame, paper: str | None = None, **where: Any
+) -> Iterator[tuple[str, Picture, str]]:
+    """(name, picture, caption) of each model that has the runs of a figure."""
+    kind = FIGURES[figure]
     if figure == "examples":
-        yield from examples(r)
-    for p in r.pictures(stage):
-        draw_panels(p)
-        if p.figure.axes:
-            arrange(p.figure, columns, shared)
-            yield p.name, p.figure
+        yield from ((name, picture, kind.caption) for name, picture in examples(table, **where))
+    for page in pages(table, kind.stage, paper) if figure != "examples" else ():
+        kind.draw(page)
+        if page.panels:
+            arrange(page, kind.columns)
+            lines = [f"{figure}, {page.name}. {kind.caption}"]
+            lines.append("Lines: means over n replicates; bands: sample standard deviations.")
+            thin = f"Thin lines or open dots: {SOURCE}, arXiv 2206.01278."
+            lines += [thin] * any(k.startswith(SOURCE) for k in page.entries)
+            lines += [f"  {label}" for label in page.labels()]
+            if not page.rows["done"].all():
+                lines.append("*: runs in progress, with the levels they have.")
+            yield page.name, page.figure, "\n".join(lines)
+
+
+def draw(figure: str, table: pd.DataFrame | str | Path = "results") -> dict[str, Picture]:
+    """The pictures of a figure by name, from `frame` or a folder; nothing is written."""
+    table = table if isinstance(table, pd.DataFrame) else frame(table)
+    where = {"outs": table["out"].unique(), "data_dir": Path("data")}
+    with matplotlib.rc_context(STYLE):
+        found = drawn(figure, table, **(where if figure == "examples" else {}))
+        return {name: picture for name, picture, _ in found}
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def against(ours: Stat, published: Stat | None) -> dict:
-    """The columns that tables share: ours, the paper's, and how they differ."""
-    p = published or Stat(math.nan, math.nan, 0)
-    row = {"ours": ours.mean, "sd": ours.sd, "n": ours.n, "paper": p.mean, "paper_sd": p.sd}
-    row |= {"paper_n": p.n or None, "difference": ours.mean - p.mean}
-    row["standard_error"] = standard_error(ours, p) if published else math.nan
-    return row | {"welch_p": welch(ours, p)}
+def level_rows(page: Page) -> Iterator[dict]:
+    """Test accuracy at each level, ours and the paper's, and how they differ."""
+    for c in page.curves:
+        theirs = published(c, page.paper)
+        points = theirs.points if theirs else c.points.iloc[:0]
+        found = welch(c.points, points.reindex(c.points.index))
+        for k, x in c.points.iterrows():
+            p = points.loc[k] if k in points.index else {}
+            row = {"configuration": c.legend, "level": k, "ours": x["mean"], "sd": x["sd"]}
+            row |= {"weights_remaining": x["weights_remaining"], "n": int(x["n"])}
+            row |= {"paper": p.get("mean"), "paper_sd": p.get("sd"), "paper_n": p.get("n")}
+            row |= {"paper_is_of": differs(c, theirs) if theirs else ""}
+            yield (
+                row
+                | found.loc[k, ["difference", "standard_error"]].to_dict()
+                | {"welch_p": found.loc[k, "p"]}
+            )
 
 
 def compared(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
     """Each curve with those of all data; tickets with their controls."""
     for a, b in itertools.product(curves, curves):
-        later = a.subset != "all" or a.rewind > b.rewind
-        control = b.control and not a.control and a.key[:-1] == b.key[:-1]
-        full = (b.subset, b.metric, b.control) == ("all", "el2n", "") and b.noise <= a.noise
-        if control or (full and later):
+        later = a.subset != "all" or a.step > b.step
+        control = (
+            b.control and not a.control and (a.what, a.step, a.noise) == (b.what, b.step, b.noise)
+        )
+        full = b in all_data(curves, b.noise) and b.noise <= a.noise
+        if a is not b and (control or (full and later)):
             yield a, b
 
 
-def tables(r: Results, levels: Iterable[int], slack: float) -> Iterator[tuple[str, list[dict]]]:
-    for p in r.pictures("imp"):
-        curves, published = [c for c in p.curves if c.points], paper_curves(p.paper)
-        rows = [
-            {"configuration": c.legend, "level": k, "weights_remaining": c.remaining[k]}
-            | against(x, published[c.key].points.get(k) if c.key in published else None)
-            for c in curves
-            for k, x in c.points.items()
-        ]
-        yield f"imp-{p.name}", rows
-        rows = [compare(a, b, curves, p.paper, levels, slack) for a, b in compared(curves)]
-        yield f"verdicts-{p.name}", rows
-    for p in r.pictures("lmc"):
-        yield f"lmc-{p.name}", barriers(p)
-    for p in r.pictures("warmup"):
-        rows = []
-        for c in p.curves:
-            good, lost = trained(c)
-            row = {"configuration": c.label, "warmup": c.rewind, "not_trained": lost}
-            published = paper_warmup(c).get(c.rewind) if p.paper == "cifar10" else None
-            rows += [row | against(summary(good), published)] if good else []
-        yield f"warmup-{p.name}", rows
+def rewind_rows(page: Page, error: float) -> list[dict]:
+    """t* by the paper's rule: the first step from which sparse networks match dense ones down to
+    16.8 % of the weights (level 8), for each learning rate of pre-training."""
+    full = pick(page.curves, subset="all", noise=0.0, control="", extra="")
+    full = [c for c in full if 0 in c.points.index and len(c.points) > 1]
+    rows = []
+    for rate in dict.fromkeys(c.rate for c in full):
+        starred = False
+        for c in sorted(pick(full, rate={rate} | {0.0}), key=lambda c: c.step):
+            if c.step == 0 and rate:
+                continue
+            last = min(8, max(c.points.index))
+            levels = [k for k in c.points.index if 0 < k <= last]
+            under = sorted({*levels} - {*as_dense(c, c.points.loc[0], levels, error)})
+            matches = "no" if under else "yes" if min(c.n) > 1 else "not tested: one replicate"
+            star, starred = matches == "yes" and not starred, starred or matches == "yes"
+            row = {"pretrain_lr": c.rows["pretrain_lr"].iloc[0], "rewind": c.step, "n": span(c.n)}
+            row |= {"level": last, "weights_remaining": c.points.loc[last, "weights_remaining"]}
+            row |= {"accuracy": c.points.loc[last, "mean"], "dense": c.points.loc[0, "mean"]}
+            row |= {"below_dense_at": ranges(under), "matches_dense": matches}
+            rows.append(row | {"t*": "t*" * star, "best_rate": ""})
+    for same in pd.DataFrame(rows).groupby("rewind").groups.values() if rows else ():
+        if len(same) > 1 and rows[same[0]]["rewind"]:
+            best = max(same, key=lambda k: rows[k]["accuracy"])
+            rows[best]["best_rate"] = f"best of {len(same)}"
+    return rows
+
+
+def size_rows(page: Page) -> list[dict]:
+    """Which size of each kind of subset is best, by the mean over the levels of Figure 3."""
+    ranked = [c for c in page.curves if c.size and not c.control and len(c.points)]
+    rows, levels = [], [*three_levels(ranked)]
+    ranked = [c for c in ranked if {*levels} <= {*c.points.index}]
+    for kind, step in dict.fromkeys((c.kind, c.step) for c in ranked):
+        alike = [c for c in ranked if (c.kind, c.step) == (kind, step)]
+        best = max(alike, key=lambda c: c.points.loc[levels, "mean"].mean())
+        for c in alike if len(alike) > 1 else ():
+            row = {"configuration": c.legend, "size": c.size, "levels": ranges(levels)}
+            row |= {"accuracy": c.points.loc[levels, "mean"].mean(), "best": "best" * (c is best)}
+            found, how = over_levels(c, best, levels)
+            row |= {k: found[k] for k in ("difference", "standard_error", "p")} | {"tested": how}
+            rows.append(row if c is not best else row | dict.fromkeys([*row][-4:]))
+    return rows
+
+
+def onset_rows(page: Page) -> list[dict]:
+    """Barriers by spawn point for each kind of pre-training, and from where on children are
+    connected: the mean error barrier is below 2 % there and at every later spawn point."""
+    done = [c for c in page.curves if c.rows["loss_barrier"].notna().any()]
+    rows, start = (
+        [],
+        pick(all_at_zero := pick(done, subset="all", step=0), noise=0.0) or all_at_zero,
+    )
+    for kind, size in dict.fromkeys((c.kind, c.size) for c in done):
+        alike = [c for c in done if (c.kind, c.size) == (kind, size) and c.step]
+        alike = sorted(start + alike, key=lambda c: c.step)
+        means = [c.rows["error_barrier"].mean() for c in alike]
+        joined = [m < CONNECTED for m in means]
+        late = next((k for k in range(len(alike)) if all(joined[k:])), None)
+        onset = "none" if late is None else f"step {alike[late].step}"
+        for c, mean, connected in zip(alike, means, joined, strict=True):
+            loss, error = (c.rows[k].dropna() for k in ("loss_barrier", "error_barrier"))
+            row = {"pretraining": alike[-1].what + alike[-1].more, "spawned_at": c.step}
+            row |= {"n": len(loss), "loss_barrier": loss.mean(), "sd": loss.std()}
+            row |= {"error_barrier": mean, "error_sd": error.std()}
+            row |= {
+                "connected": "yes" if connected else "no",
+                "replicates_connected": int((error < CONNECTED).sum()),
+            }
+            rows.append(row | {"onset": onset if len(alike) > 1 else "one spawn point"})
+    return rows
+
+
+def correlation_rows(page: Page, rows: pd.DataFrame) -> Iterator[dict]:
+    """Of Figure 5's forecasts with the final accuracy, with and without step 0."""
+    theirs = paper_table("lmc_scatter.csv")
+    theirs = theirs[theirs["dataset"] == page.paper] if len(theirs) else theirs
+    names = {
+        "pretrain_accuracy": "pretrain_test_accuracy",
+        "loss_barrier": "mean_train_loss_barrier",
+    }
+    for key, column in names.items():
+        every, later = correlate(rows, key), correlate(rows[rows["rewind"] > 0], key)
+        yield {"forecast": key, "of": "ours, all starts", **every}
+        yield {"forecast": key, "of": "ours, without step 0", **later}
+        if len(theirs):
+            y = pd.to_numeric(theirs["final_test_accuracy_level7"], errors="coerce")
+            yield {
+                "forecast": key,
+                "of": SOURCE,
+                **correlate(theirs.assign(final=y), column, "final"),
+            }
+
+
+def warmup_rows(page: Page) -> Iterator[dict]:
+    """Final accuracy and sharpness of each configuration, and the paper's accuracy."""
+    for c in page.curves:
+        good = trained(c.rows)
+        theirs = paper_warmup(c) if page.paper == "cifar10" else pd.DataFrame()
+        theirs = theirs.loc[[c.step]].reset_index(drop=True) if c.step in theirs.index else None
+        ours, lost = as_points(good["test_accuracy"]), int((c.rows["done"]).sum()) - len(good)
+        row = {"configuration": c.label, "warmup": c.step, "ours": ours.loc[0, "mean"]}
+        row |= {"sd": ours.loc[0, "sd"], "n": len(good), "not_trained": lost}
+        for k in ("warmed_eigenvalue", "largest_eigenvalue"):
+            row |= {k: good[k].mean(), f"{k}_sd": good[k].std()}
+        found = welch(ours, theirs).iloc[0] if theirs is not None else {}
+        row |= {"paper": theirs.loc[0, "mean"] if theirs is not None else None}
+        yield row | {k: found.get(k) for k in ("difference", "standard_error", "p")}
+
+
+def warmup_differences(page: Page) -> Iterator[dict]:
+    """Between easy, random, hard and all, at each size and length of warmup; paired, too, over
+    the replicates that both have."""
+    warmed = [c for c in page.curves if c.step and not c.noise and len(trained(c.rows)) > 1]
+    for a, b in itertools.combinations(warmed, 2):
+        if a.step != b.step or (a.size and b.size and a.size != b.size):
+            continue
+        row = {"A": a.what, "B": b.what, "warmup": a.step}
+        for k in ("test_accuracy", "warmed_eigenvalue", "largest_eigenvalue"):
+            x, y = (trained(c.rows).set_index("replicate")[k].dropna() for c in (a, b))
+            found, d = welch(as_points(x), as_points(y)).iloc[0], (x - y).dropna()
+            row |= {k: found["difference"], f"{k}_se": found["standard_error"]}
+            row |= {f"{k}_p": found["p"], f"{k}_paired_n": len(d)}
+            p = paired(d.to_frame().T)["p"].iloc[0] if len(d) > 1 else math.nan
+            row |= {f"{k}_paired_p": p}
+        yield row
+
+
+def tables(
+    table: pd.DataFrame, levels: Iterable[int], slack: float, error: float, paper: str | None = None
+) -> Iterator[tuple[str, list[dict]]]:
+    for page in pages(table, "imp", paper):
+        curves = [c for c in page.curves if len(c.points)]
+        yield f"imp-{page.name}", [*level_rows(page)]
+        more = curves, page.paper, levels, slack, error
+        yield f"verdicts-{page.name}", [compare(a, b, *more) for a, b in compared(curves)]
+        yield f"rewind-{page.name}", rewind_rows(page, error)
+        yield f"sizes-{page.name}", size_rows(page)
+    for page in pages(table, "lmc", paper):
+        rows = barriers(page)
+        keys = ["configuration", "replicate", "loss_barrier", "error_barrier", "connected"]
+        shown = rows[[*keys, "pretrain_accuracy", "level", "final_accuracy"]]
+        yield f"lmc-{page.name}", shown.to_dict("records")
+        yield f"onset-{page.name}", onset_rows(page)
+        yield f"correlations-{page.name}", [*correlation_rows(page, rows)] if len(rows) else []
+    for page in pages(table, "warmup", paper):
+        yield f"warmup-{page.name}", [*warmup_rows(page)]
+        yield f"warmup_differences-{page.name}", [*warmup_differences(page)]
 
 
 def cell(value: Any) -> str:
-    if isinstance(value, float):
+    if isinstance(value, float | np.floating):
         return "" if math.isnan(value) else f"{value:.5g}"
     return "" if value is None else str(value)
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """The same rows as CSV and as Markdown."""
-    lines = [[*rows[0]], *([cell(v) for v in row.values()] for row in rows)]
-    comma = io.StringIO()
-    csv.writer(comma, lineterminator="\n").writerows(lines)
-    lines.insert(1, ["---"] * len(rows[0]))
-    marked = "".join(f"| {' | '.join(x)} |\n" for x in lines)
-    for suffix, text in ((".csv", comma.getvalue()), (".md", marked)):
-        runs.write(path.parent / f"{path.name}{suffix}", lambda f, t=text: f.write(t.encode()))
+def wide(page: Page, levels: Iterable[int] = ()) -> list[list[str]]:
+    """Rows of a table for a paper: test accuracy in percent, mean ± deviation, a column a level
+    (at most seven unless `levels` names them), with as many digits as deviations have meaning."""
+    curves = [c for c in page.curves if len(c.points)]
+    remaining = {k: v for c in curves for k, v in c.points["weights_remaining"].items()}
+    known = sorted(k for k in remaining if not levels or k in levels)
+    if not levels and len(known) > 7:
+        known = [known[round(i * (len(known) - 1) / 6)] for i in range(7)]
+    sd = np.nanmedian([x for c in curves for x in c.points["sd"]] + [math.nan] * 0 or [math.nan])
+    digits = 2 if sd < 0.002 else 1
+    rows = [["pre-training", "n", *(f"{100 * remaining[k]:.3g} %" for k in known)]]
+    for c in curves:
+        cells = []
+        for k in known:
+            x = c.points.loc[k] if k in c.points.index else None
+            spread = "" if x is None or math.isnan(x["sd"]) else f" ± {100 * x['sd']:.{digits}f}"
+            cells.append("" if x is None else f"{100 * x['mean']:.{digits}f}{spread}")
+        rows.append([c.label + "*" * c.running, span(c.n), *cells])
+    return rows
+
+
+def as_csv(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(x)} |\n" for x in lines)
+
+
+def as_latex(rows: list[list[str]]) -> str:
+    """A tabular with booktabs' rules."""
+    escaped = [
+        [re.sub(r"([%&_#$])", r"\\\1", x).replace("±", r"$\pm$") for x in row] for row in rows
+    ]
+    lines = [" & ".join(x) + r" \\" for x in escaped]
+    head = [rf"\begin{{tabular}}{{lr{'c' * (len(rows[0]) - 2)}}}", r"\toprule", lines[0]]
+    return "\n".join([*head, r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
+
+
+def write_text(path: Path, text: str) -> None:
+    runs.write(path, lambda f: f.write(text.encode()))
+
+
+def write_table(path: Path, rows: list[list[str]], **more: Callable) -> list[Path]:
+    """The same rows as CSV, Markdown and what else is asked for; a Path's suffix is not cut."""
+    written = []
+    for suffix, form in {"csv": as_csv, "md": as_markdown, **more}.items():
+        written.append(path.parent / f"{path.name}.{suffix}")
+        write_text(written[-1], form(rows))
+    return written
+
+
+def write_tables(
+    folder: Path,
+    table: pd.DataFrame,
+    levels: Iterable[int],
+    slack: float,
+    error: float,
+    paper: str | None,
+) -> Iterator[Path]:
+    for name, rows in tables(table, levels, slack, error, paper):
+        if rows:
+            cells = [[*rows[0]], *([cell(v) for v in row.values()] for row in rows)]
+            yield write_table(folder / name, cells)[-1]
+    for page in pages(table, "imp", paper):
+        if any(len(c.points) for c in page.curves):
+            yield write_table(folder / f"accuracy-{page.name}", wide(page, levels), tex=as_latex)[1]
 
 
 # ---- what is missing -----------------------------------------------------------------------------
 
 
-def missing(r: Results, shown: dict[str, list[str]], datasets: list[str], others: bool) -> list:
+def missing(
+    table: pd.DataFrame, shown: dict[str, list[str]], datasets: list[str], others: bool
+) -> list[tuple[str, list[str]]]:
     """What was not drawn, as (what, command that makes it): of data sets with a grid."""
     lines = []
     for figure, names in shown.items():
@@ -1014,12 +1644,13 @@ def missing(r: Results, shown: dict[str, list[str]], datasets: list[str], others
                     command = ["python", "el2n.py", "--dataset", data]
                 stage = FIGURES[figure].stage
                 lines.append((f"{figure} of {data}, which needs runs of {stage}.py", command))
-    made = usual(c for p in r.pictures("imp") for c in p.curves)
+    made = usual(c for p in pages(table, "imp") for c in p.curves)
     for data in datasets if {"fig2", "fig3", "fig11"} & set(shown) else ():
-        have = {c.key[:3] for c in made if c.runs[0].settings["dataset"] == data}
-        wanted = [c.key[:3] for c in usual(paper_curves(data).values())]
+        have = {(c.subset, c.size, c.step) for c in made if c.rows["dataset"].iloc[0] == data}
+        wanted = usual(dataclasses.replace(c, balance=False) for c in paper_curves(data))
+        wanted = [(c.subset, c.size, c.step) for c in wanted]
         if data == "digits":  # not in the paper: its Figure 2
-            p = common.PRESETS[data]
+            p = options.PRESETS[data]
             wanted = [("all", 0, t) for t in (0, p.rewind, 2 * p.rewind)]
             wanted += [(subset, p.size, p.rewind) for subset in SUBSETS[1:]]
         lacking = [x for x in wanted if x not in have]
@@ -1028,186 +1659,190 @@ def missing(r: Results, shown: dict[str, list[str]], datasets: list[str], others
             command += ["--size", str(size)] * bool(size) + ["--rewind", str(t)]
             more = f"{len(lacking)} curves of {data}, the first"
             lines.append((more, [*command, "--replicate", "0-3"]))
-    for data in sorted(set(PUBLISHED) - set(datasets)) if others else ():
+    for data in sorted({*PUBLISHED} - {*datasets}) if others else ():
         lines.append((data, ["bash", "run_all.sh", "--dataset", data]))
     return lines
 
 
-# ---- plans and costs -----------------------------------------------------------------------------
+# ---- comparing two -------------------------------------------------------------------------------
+
+MEASURE = {"imp": "test_accuracy", "warmup": "test_accuracy", "lmc": "loss_barrier"}
+MEASURE |= {"pretrain": "pretrain_accuracy"}
 
 
-class Job(NamedTuple):
-    """A command of a stage."""
-
-    folders: tuple[str, ...]  # below --out: imp/cifar10-resnet20/easy3200-rewind200/rep0-3
-    runs: int
-    steps: int  # network-steps
-    done: bool  # all runs
-    images: int  # over all network-steps
-    depth: int
+def matches(table: pd.DataFrame, pattern: str) -> list[str]:
+    """The folders of configurations that end with a name, or match a pattern."""
+    folders = sorted({str(Path(f).parent) for f in table["folder"]})
+    end = Path(pattern).as_posix().rstrip("/")
+    exact = [f for f in folders if f == end or f.endswith(f"/{end.removeprefix('./')}")]
+    return exact or [f for f in folders if fnmatch.fnmatchcase(f, f"*/{end}")]
 
 
-def folded(places: Iterable[Path]) -> tuple[str, ...]:
-    """Run folders, the replicates of one configuration in one: rep0, rep1, rep2 -> rep0-2."""
-    parts = ((re.fullmatch(r"(.+)/rep(\d+)", str(place)), place) for place in places)
-    replicates = grouped((x[1], int(x[2])) if x else (str(place), None) for x, place in parts)
-    return tuple(
-        folder if None in numbers else f"{folder}/rep{ranges(numbers).replace(' ', '')}"
-        for folder, numbers in replicates.items()
+def find_pairs(table: pd.DataFrame, names: list[str]) -> list[tuple[str, str]]:
+    """The folders that two names or patterns stand for, each with each, of one stage and, where
+    there are any, of one model; UserError with what was probably meant."""
+    for stage in STAGES:
+        a, b = (matches(table[table["stage"] == stage], x) for x in names)
+        pairs = [(x, y) for x, y in itertools.product(a, b) if x != y]
+        pairs = [p for p in pairs if p[::-1] not in pairs or p < p[::-1] or a != b]
+        same = [p for p in pairs if Path(p[0]).parts[-2] == Path(p[1]).parts[-2]]
+        if pairs:
+            return same or pairs
+    for name in names:
+        if not matches(table, name):
+            near = difflib.get_close_matches(Path(name).name, {*table["name"]}, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "name one below OUT/imp/"
+            raise runs.UserError(f"--compare {name}: no such run; {hint}")
+    raise runs.UserError(f"--compare {' '.join(names)}: these are one run, or of different stages")
+
+
+def compare_two(
+    table: pd.DataFrame, pair: tuple[str, str], levels: tuple[int, ...], slack: float, error: float
+) -> tuple[list[list[str]], dict]:
+    """The rows of a table by level and over levels, and the verdict, of two folders."""
+    folders = table["folder"].map(lambda f: str(Path(f).parent))
+    both = table[folders.isin(pair)].copy()
+    stage = both["stage"].iloc[0]
+    measure, scale = MEASURE[stage], 1 if stage == "lmc" else 100
+    if stage != "imp":  # one row a run
+        both["level"], both["weights_remaining"] = 0, 1.0
+        both["test_accuracy"] = both[measure]
+    curves = [make_curves(both[folders[both.index] == f])[0] for f in pair]
+    a, b = curves
+    if stage == "imp":
+        model = table[(table["stage"] == "imp") & (table["model"] == both["model"].iloc[0])]
+        page = next(p for p in pages(model, "imp") if pair[0] in {*folders[p.rows.index]})
+        context = page.curves, page.paper
+    else:
+        levels, context = (0,), (curves, "")
+    summary = compare(a, b, *context, levels, slack, error)
+    chosen = [
+        k for k in a.points.index if k in b.points.index and (k in levels if levels else True)
+    ]
+    found = welch(a.points.loc[chosen], b.points.loc[chosen])
+    d = shared_differences(a, b, chosen)
+    pairs = paired(d) if d.shape[1] > 1 else found.assign(standard_error=math.nan, p=math.nan)
+
+    def shown(x: pd.Series) -> str:
+        spread = "" if math.isnan(x["sd"]) else f" ± {scale * x['sd']:.2f}"
+        return f"{scale * x['mean']:.2f}{spread}"
+
+    def tested(x: pd.Series, y: pd.Series) -> list[str]:
+        numbers = scale * x["difference"], scale * x["standard_error"]
+        cells = [f"{v:.2f}" for v in numbers] + [f"{x['p']:.2g}"]
+        cells += [f"{scale * y['standard_error']:.2f}", f"{y['p']:.2g}"]
+        return ["" if "nan" in v else v for v in cells]
+
+    unit = measure.replace("_", " ") + " (%)" * (scale == 100)
+    n = f"paired s.e., n={d.shape[1]}" if d.shape[1] > 1 else "paired s.e."
+    rows = [["level", "weights", "A", "B", f"A - B, {unit}", "s.e.", "p", n, "paired p"]]
+    for k in chosen:
+        x, y = a.points.loc[k], b.points.loc[k]
+        left = f"{x['weights_remaining']:.1%}"
+        rows.append([str(k), left, shown(x), shown(y), *tested(found.loc[k], pairs.loc[k])])
+    sparse = [k for k in chosen if k or len(chosen) == 1]
+    means = [c.points.loc[sparse, "mean"].mean() * scale for c in curves]
+    each = [c.by_replicate.reindex(sparse).dropna(axis=1).mean() for c in curves]
+    x = welch(*map(as_points, each)).iloc[0] if len(sparse) else pd.Series()
+    y = over_levels(a, b, sparse)
+    y = (
+        y[0]
+        if y[1].startswith("paired")
+        else pd.Series({"standard_error": math.nan, "p": math.nan})
     )
+    label = f"mean of {ranges(sparse)}"
+    rows.append([label, "", *(f"{m:.2f}" for m in means), *tested(x, y)])
+    if stage != "imp":
+        rows, summary = [rows[0][2:], rows[1][2:]], {k: summary[k] for k in ("A", "B")}
+    return rows, {**summary, "folders": pair}
 
 
-def read_jobs(lines: Iterable[str]) -> Iterator[Job]:
-    """Of shell command lines of the stages; those of figures.py and empty ones are left out."""
-    parser_of = functools.cache(lambda stage: importlib.import_module(stage).flags())
-    for line in filter(str.strip, lines):
-        try:
-            words = shlex.split(line)
-            at = next(k for k, word in enumerate(words) if word.endswith(".py"))
-            stage = Path(words[at]).stem
-            if stage == "figures":
-                continue
-            if stage not in (*STAGES, "el2n"):
-                raise runs.UserError(f"{stage}.py is no stage")
-            args = parser_of(stage).parse_args(words[at + 1 :])
-            found = importlib.import_module(stage).plan(args)
-        except (ValueError, StopIteration, runs.UserError) as e:
-            reason = f"{line.strip()} ({runs.one_line(e)})"
-            raise runs.UserError(f"not a command of a stage: {reason}") from e
-        folders = folded(place.relative_to(args.out) for place, *_ in found)
-        steps, done = sum(steps for _, steps, _ in found), all(done for *_, done in found)
-        yield Job(folders, len(found), steps, done, steps * args.batch_size, args.depth)
-
-
-def rates(found: list[Run], images: bool = False) -> dict[str, float]:
-    """Network-steps per second of each model, or images, the median over the levels of imp.
-    Replicates of one folder with the same seconds trained side by side."""
-    runs_of_imp = [run for run in found if run.place[0] == "imp"]
-    levels = [(run, x) for run in runs_of_imp for x in run.result["levels"]]
-    beside = Counter((run.place, x["level"], x["seconds"]) for run, x in levels)
-    by_model = defaultdict(list)
-    for run, x in levels:
-        rate = x["steps_per_second"] * beside[run.place, x["level"], x["seconds"]]
-        by_model[run.place[1]].append(rate * (run.settings["batch_size"] if images else 1))
-    return {model: float(np.median(rate)) for model, rate in by_model.items()}
-
-
-def cost(jobs: Iterable[Job], measured: dict[str, float], rate: float | None) -> str:
-    """A table of jobs, runs, network-steps and hours by stage and model: by the images per second
-    that were measured of the model, else by `rate`, the steps of ResNet-20 on 128 images."""
-    rows: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))
-    for job in jobs:
-        stage, model = Path(job.folders[0]).parts[:2]
-        speed = measured.get(model, math.nan)
-        if math.isnan(speed) and rate and not model.startswith("digits"):  # of smaller images
-            speed = 128 * rate * 18 / (job.depth - 2)
-        hours = job.images / speed / 3600
-        rows[f"{stage}/{model}"] += (1, job.runs, job.steps, hours)
-    rows["all"] = sum(rows.values(), np.zeros(4))
-    form = "{:<30} {:>6} {:>6} {:>16} {:>10}".format
-    lines = [form("stage/model", "jobs", "runs", "network-steps", "hours")]
-    for name, (*numbers, hours) in rows.items():
-        lines.append(form(name, *map(int, numbers), "-" if math.isnan(hours) else f"{hours:.1f}"))
-    if math.isnan(hours):
-        lines.append("hours: no measured rate for some of these; run one, or give --rate")
-    return "\n".join(lines)
+def aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(r, widths, strict=True)) for r in rows)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def flags() -> runs.Parser:
-    parser = runs.Parser(description=__doc__)
+def flags() -> options.Parser:
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("figure", nargs="*", help=f"of {', '.join(FIGURES)} [all but examples]")
-    add("--out", type=Path, default=Path("results"), help="where results are")
-    add("--figures", type=Path, help="where pictures go [OUT/figures]")
-    add("--data-dir", type=Path, default=Path("data"), help="examples: of data")
-    add("--dataset", action="append", help="only of this data set, or folder of images")
-    add("--paper", choices=PUBLISHED, help="whose curves to draw behind, of runs on other data")
-    add("--compare", nargs=2, metavar=("A", "B"), help="verdict of one imp folder over another")
-    add("--levels", type=runs.numbers, default=(), help="of verdicts, such as 3-12 [all but 0]")
-    about = "standard errors by which a curve may be lower without being below [1]"
-    add("--slack", type=runs.number(float, 0), default=1.0, help=about)
-    add("--rates", action="store_true", help="print measured network-steps per second by model")
-    about = "for each command on stdin: done or todo, network-steps, runs, folders below --out"
-    add("--plan", action="store_true", help=about)
-    about = "jobs, runs, network-steps and hours of the commands on stdin"
-    add("--cost", action="store_true", help=about)
-    about = "--cost: network-steps per second of ResNet-20 on 128 images, where none are measured"
-    add("--rate", type=runs.number(float, 0, open_low=True), help=about)
+    about = "folder of results; several for --compare and to draw together [results]"
+    add("--out", type=Path, action="append", help=about)
+    add("--figures", type=Path, help="folder to write to [OUT/figures]")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of data, for examples [data]")
+    add("--dataset", action="append", help="only this data set, or folder of images")
+    add("--paper", choices=PUBLISHED, help="whose curves to draw behind runs on other data")
+    about = "two runs, by name, end of path or pattern: differences, standard errors, p, verdict"
+    add("--compare", nargs=2, metavar=("A", "B"), help=about)
+    add("--levels", type=options.numbers, default=(), help="of verdicts, such as 3-12 [all but 0]")
+    fraction = options.number(float, 0, 0.5, open_low=True)
+    add("--error", type=fraction, default=0.05, help="family-wise error of verdicts [0.05]")
+    about = "standard errors a level of the literal rule, beside the family-wise test [1]"
+    add("--slack", type=options.number(float, 0), default=1.0, help=about)
+    add("--missing", action="store_true", help="print the commands that make what is missing")
     return parser
 
 
-def compare_two(r: Results, names: list[str], levels: Iterable[int], slack: float) -> dict:
-    """--compare: folders by name, or by the end of their path where several models have it."""
-    found = []
-    for name in names:
-        end = f"/{name.strip('/')}"
-        here = {c.runs[0].folder.parent: (c, p) for p in r.pictures("imp") for c in p.curves}
-        here = {folder: x for folder, x in here.items() if folder.as_posix().endswith(end)}
-        if len(here) != 1:
-            which = ", ".join(map(str, here)) or "no such run"
-            raise runs.UserError(f"--compare {name}: {which}; name one below results/imp/")
-        found += here.values()
-    (a, p), (b, _) = found
-    return compare(a, b, p.curves, p.paper, levels, slack)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """PNG and SVG."""
-    for kind, about in (("png", {}), ("svg", {"Date": None})):
-        keep = functools.partial(figure.savefig, format=kind, dpi=160, metadata=about)
+def save(picture: Picture, caption: str, path: Path) -> None:
+    """PNG, SVG, PDF, and the caption."""
+    for kind, about in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
+        keep = functools.partial(picture.savefig, format=kind, dpi=160, metadata=about)
         runs.write(path.parent / f"{path.name}.{kind}", keep)
-    plt.close(figure)
+    write_text(path.parent / f"{path.name}.txt", caption + "\n")
 
 
 def main(args: argparse.Namespace) -> Any:
     """Draws, writes, says what is missing; returns the paths written and what is missing."""
-    if unknown := [f for f in args.figure if f not in FIGURES]:
-        raise runs.UserError(f"{unknown[0]}: not one of {', '.join(FIGURES)}")
-    if args.plan:
-        for job in read_jobs(sys.stdin):
-            state = "done" if job.done else "todo"
-            print(state, job.steps, job.runs, *job.folders, sep="\t")
-        return None
-    only = {Path(d).name for d in args.dataset or ()}
-    found = [x for x in read_runs(args.out) if not only or x.settings["dataset"] in only]
-    if args.cost:
-        return print(cost(read_jobs(sys.stdin), rates(found, images=True), args.rate))
-    if args.rates:
-        print("\n".join(f"{model} {rate:.1f}" for model, rate in rates(found).items()))
-        return rates(found)
-    metrics = read_metrics(args.out).items()
-    metrics = {k: m for k, m in metrics if not only or m["dataset"] in only}
-    r = Results(found, metrics, args.paper, args.data_dir, tuple(args.dataset or ()))
+    for name in args.figure:
+        if name not in FIGURES:
+            near = difflib.get_close_matches(name, FIGURES, 1)
+            hint = f"did you mean {near[0]}?" if near else f"not one of {', '.join(FIGURES)}"
+            raise runs.UserError(f"{name} is no figure: {hint}")
+    outs = [p.expanduser() for p in args.out or [Path("results")]]
+    only = {Path(d).stem for d in args.dataset or ()}
+    table = frame(outs, only)
     if args.compare:
-        row = compare_two(r, args.compare, args.levels, args.slack)
-        print("\n".join(f"{k:24} {cell(v)}" for k, v in row.items()))
-        return row
-    folder = args.figures or args.out / "figures"
+        pairs = find_pairs(table, args.compare)
+        results = []
+        for pair in pairs:
+            rows, summary = compare_two(table, pair, args.levels, args.slack, args.error)
+            heads = (f"{x}: {f}  {summary[x]}" for x, f in zip("AB", pair, strict=True))
+            print("\n".join([*heads, "", aligned(rows), ""]))
+            lines = {k: v for k, v in summary.items() if k not in ("A", "B", "folders")}
+            print("\n".join(f"{k:24} {cell(v)}" for k, v in lines.items()) + "\n" * bool(lines))
+            results.append({**summary, "rows": rows})
+        return results
+    folder = args.figures or outs[0] / "figures"
+    where = {"outs": outs, "data_dir": args.data_dir, "folders": args.dataset or ()}
     written, shown = [], {}
-    for figure in args.figure or [x for x in FIGURES if x != "examples"]:
-        shown[figure] = []
-        for name, picture in drawn(r, figure):
-            picture.suptitle(f"{figure}  {name}", fontsize=8, x=0.01, ha="left")
-            save(picture, folder / f"{figure}-{name}")
-            written.append(folder / f"{figure}-{name}.png")
-            shown[figure].append(name)
-    for name, rows in () if args.figure else tables(r, args.levels, args.slack):
-        if rows:
-            write_table(folder / name, rows)
-            written.append(folder / f"{name}.md")
-    datasets = sorted(only) or sorted({run.settings["dataset"] for run in found})
-    out = [] if args.out == Path("results") else ["--out", str(args.out)]
-    lacking = missing(r, shown, datasets, not args.dataset)
+    with matplotlib.rc_context(STYLE):
+        for figure in args.figure or [x for x in FIGURES if x != "examples"]:
+            shown[figure] = []
+            more = where if figure == "examples" else {}
+            for name, picture, caption in drawn(figure, table, args.paper, **more):
+                save(picture, caption, folder / f"{figure}-{name}")
+                written.append(folder / f"{figure}-{name}.png")
+                shown[figure].append(name)
+    if not args.figure:
+        written += write_tables(folder, table, args.levels, args.slack, args.error, args.paper)
+    datasets = sorted(only) or sorted({*table["dataset"]})
+    out = [] if outs == [Path("results")] else ["--out", str(outs[0])]
+    lacking = missing(table, shown, datasets, not args.dataset)
     lacking = [f"{what}: {shlex.join(command + out)}" for what, command in lacking]
-    for line in lacking:
-        print(f"missing: {line}", file=sys.stderr)
     for path in written:
         print(path)
+    if args.missing:
+        print("".join(f"missing: {line}\n" for line in lacking), end="", file=sys.stderr)
+    elif lacking:
+        print(
+            f"missing: {len(lacking)} figures or sets of runs; --missing lists their commands",
+            file=sys.stderr,
+        )
     if args.figure and not written:
-        raise runs.UserError(f"{args.out} has nothing to draw {', '.join(args.figure)} from")
+        raise runs.UserError(f"{outs[0]} has nothing to draw {', '.join(args.figure)} from")
     return {"written": written, "missing": lacking}
 
 
