@@ -318,6 +318,7 @@ def load_data(name: str, folder: Path, device: torch.device, quiet: bool = False
     mean = counts @ value / total
     deviation = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 1e-12))
     scale, shift = 1 / deviation, -mean / deviation
+    arrays = [np.ascontiguousarray(a) for a in arrays]  # torchvision's CIFAR is a transposed view
     images, labels, test_images, test_labels = (torch.from_numpy(a).to(device) for a in arrays)
     return Data(
         name if name in PRESETS else Path(name).resolve().name,
