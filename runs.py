@@ -235,7 +235,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, replicate: int | None, settings: dict, made_from: dict, about: dict, here: dict, fresh: bool = False, accept=None
+        self, folder: Path, replicate: int | None, settings: dict, here: dict, fresh: bool = False
     ):
         self.folder, self.replicate, self.seconds = folder, replicate or 0, 0.0
         self.ended: str | None = None
@@ -549,7 +549,3 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped apart, whatever its size
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def say(text):
-    print(text)
