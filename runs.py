@@ -200,7 +200,7 @@ def fingerprint(*values: Any) -> str:
             h.update(np.ascontiguousarray(v).view(np.uint8).data)
         elif isinstance(v, dict):
             for k, x in v.items():
-                h.update(f"{k}:{fingerprint(x)}".encode())
+                h.update(f"{k}:{fingerprint(x)}".encode(errors="surrogatepass"))
         else:
             h.update(json.dumps(v, sort_keys=True).encode())
     return h.hexdigest()[:16]
