@@ -325,52 +325,48 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     A lock file of another user's that can be read is enough. In a folder that this process cannot
     write, the lock is shared with other readers, and excludes only who changes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    number, mine = open_lock(path)
+    number = open_lock(path)
     if number is None:
         yield
         return
-    exclusive = fcntl.LOCK_EX if is_writable(path.parent) else fcntl.LOCK_SH
+    how = fcntl.LOCK_EX if is_writable(path.parent) else fcntl.LOCK_SH
     try:
         try:
-            flock(number, exclusive | fcntl.LOCK_NB)
+            flock(number, how | fcntl.LOCK_NB)
         except BlockingIOError as e:
             holder = os.pread(number, 200, 0).decode(errors="replace").strip("\0")
             message = f"{path.parent} is in use by {one_line(holder or 'another process')}"
             if not wait:
                 raise UserError(message) from e
             warn(f"waiting: {message}")
-            flock(number, exclusive)
+            flock(number, how)
         except OSError as e:  # some file systems of clusters have no locks
             warn(f"{path.parent}: no locks ({e.strerror}); only one process may work on it")
-        if mine:
-            with contextlib.suppress(OSError):  # a full disk
-                os.ftruncate(number, 0)
-                since = time.strftime("%F %T")
-                text = f"process {os.getpid()} on {platform.node()} since {since}"
-                os.pwrite(number, text.encode(), 0)
+        me = f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}"
+        with contextlib.suppress(OSError):  # a full disk; or a descriptor that is read-only
+            os.ftruncate(number, 0)
+            os.pwrite(number, me.encode(), 0)
         yield
+        with contextlib.suppress(OSError):  # the next holder may be unable to write its own name
+            os.ftruncate(number, 0)
     finally:
-        if mine:  # so that the next holder, who may only read it, is not taken for this one
-            with contextlib.suppress(OSError):
-                os.ftruncate(number, 0)
         os.close(number)
 
 
-def open_lock(path: Path) -> tuple[int | None, bool]:
-    """A descriptor of a lock file, made if missing, and whether it is open for writing; None where
-    it cannot be opened."""
+def open_lock(path: Path) -> int | None:
+    """A descriptor of a lock file, made if missing, or None where it cannot be opened."""
     problem = None
     # Without O_CREAT first: Linux refuses it on files of other users in sticky folders.
     for how in (os.O_RDWR, os.O_RDWR | os.O_CREAT, os.O_RDONLY):
         try:
-            return os.open(path, how | os.O_CLOEXEC, 0o666), how != os.O_RDONLY
+            return os.open(path, how | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             pass
         except OSError as e:
             problem = e
     if problem and path.exists():  # else nobody works there, and this process only reads
         warn(f"{path}: cannot be opened ({problem.strerror}); going on without a lock")
-    return None, False
+    return None
 
 
 def flock(number: int, how: int) -> None:
@@ -796,9 +792,9 @@ def call(main: Callable[[argparse.Namespace], Any], parser: Parser, settings: di
         return main(parser.parse_args(words))
 
 
-def run_stage(main: Callable[[Any], Any], parser: Parser) -> None:
-    """The command line around a `main`: one line and status 2 for what the user can mend; one line
-    and status 128 + signal after a signal."""
+def run_stage(main: Callable[[Any], Any], parser: Any) -> None:
+    """The command line around a `main`: one line and status 2 for what the user can mend, or status
+    128 + signal after a signal. `parser` is an argparse one whose errors are UserErrors."""
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or replaced
