@@ -4,7 +4,6 @@ Knows no network and no data set. Whatever is written is written atomically and 
 read; an interrupted run resumes from its last checkpoint.
 """
 
-import argparse
 import contextlib
 import csv
 import ctypes
@@ -14,7 +13,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -727,69 +725,6 @@ signals = Signals()
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, description: str, **more: Any):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, **more)
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable:
-    """An argparse type: a finite number in [low, high] (or (low, high])."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value <= high or (low == value and not open_low)) or value == math.inf:
-            above = "above" if open_low else "at least"
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {above} {low:g}{limit}")
-        return value
-
-    return parse
-
-
-positive, count = number(int, 1, 10**9), number(int, 0, 10**9)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: whole numbers and ranges, ascending: "0-3", "0,2", "31200,46800"."""
-    values = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
-            if not 0 < len(span) <= 1000:
-                raise ValueError
-            values += span
-    except ValueError:
-        values = []
-    if not values or sorted(set(values)) != values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an ascending list like 0-3 or 0,2")
-    return tuple(values)
-
-
-def call(main: Callable[[argparse.Namespace], Any], parser: Parser, settings: dict) -> Any:
-    """A stage as a function: `settings` are its flags, with underscores. The same folder and the
-    same bits as the command; UserError for a mistake, KeyboardInterrupt after a saved Ctrl-C."""
-    words = []
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            off = f"--no-{flag[2:]}"
-            words += [flag] if value else [off] * (off in parser._option_string_actions)
-        elif value is not None:
-            listed = isinstance(value, list | tuple | range)
-            words.append(f"{flag}={','.join(map(str, value)) if listed else value}")
-    with signals:
-        return main(parser.parse_args(words))
 
 
 def run_stage(main: Callable[[Any], Any], parser: Any) -> None:
