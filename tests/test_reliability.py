@@ -88,8 +88,10 @@ def cut(path: Path, content: bytes) -> bytes:
 
 
 def flip(path: Path, content: bytes) -> bytes:
-    place = len(content) // 3
-    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    """A bit of each of 200 bytes: more than a .pt pads with bytes that nobody reads."""
+    at = len(content) // 3
+    flipped = bytes(byte ^ 4 for byte in content[at : at + 200])
+    return content[:at] + flipped + content[at + 200 :]
 
 
 def empty(path: Path, content: bytes) -> bytes:
