@@ -64,24 +64,27 @@ def compile_into(scratch: str, archs: tuple[int, ...], portable: bool) -> None:
     found = next(filter(shutil.which, ["g++", "c++", "clang++"]), "g++")
     cxx = shlex.split(os.environ.get("CXX", "")) or [found]
     programs = list(itertools.takewhile(lambda word: not word.startswith("-"), cxx)) or cxx[:1]
-    for program in programs:  # of `ccache g++ -pipe` the first two, the last of which nvcc needs
+    for program in programs:
         if not shutil.which(program):
             raise BuildError(f"no C++ compiler: {program} is not found (install it or set CXX)")
-    # pip's ninja lies beside this Python; torch would give CC to nvcc
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-    environment = {**os.environ, "CXX": shlex.join(cxx), "PATH": path}
-    environment["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
+    # torch and nvcc take CXX for one program: of `ccache g++ -pipe` they get the second, the option
+    # goes among the others, and where there is a ccache torch puts it in front itself. CC would go
+    # to nvcc. pip's ninja lies beside this Python.
+    environment = {**os.environ, "CXX": programs[-1], "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
     environment.pop("CC", None)
-    flags = CXX_FLAGS + ([] if portable else CPU_FLAGS.get(cpu(), []))
+    environment["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}"
+    options = cxx[len(programs) :]
+    flags = options + CXX_FLAGS + ([] if portable else CPU_FLAGS.get(cpu(), []))
     job = {"name": "ops", "sources": [str(HERE / "ops.cpp")], "build_directory": scratch}
     if archs:
         environment["CUDA_HOME"] = str(cuda_home())
         job["sources"].append(str(HERE / "ops.cu"))
         flags.append("-DUSE_CUDA")
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        host = [f"-ccbin={programs[-1]}", *(f"-Xcompiler={x}" for x in cxx[len(programs) :])]
+        host = [f"-ccbin={programs[-1]}", *(f"-Xcompiler={x}" for x in options)]
         job["extra_cuda_cflags"] = [*NVCC_FLAGS, *targets, *host]
-    command = [sys.executable, "-c", LOAD, json.dumps({**job, "extra_cflags": flags})]
+    job |= {"extra_cflags": flags, "extra_ldflags": options}
+    command = [sys.executable, "-c", LOAD, json.dumps(job)]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, env=environment, **out)
     if done.returncode:
