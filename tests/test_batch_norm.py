@@ -50,6 +50,7 @@ def results(op, arguments, relu, dtype=None, device="cpu", copy=True) -> dict[st
     )
     inputs = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     inputs = {k: t.detach().requires_grad_() for k, t in inputs.items() if t is not None}
+    x, weight, bias, residual = (inputs.get(k) for k in ("x", "weight", "bias", "residual"))
     y = op(x, weight, bias, mean, var, residual, 0.3, 1e-4, relu)
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
     out = {"y": y.detach(), "running_mean": mean, "running_var": var}
