@@ -483,28 +483,10 @@ def test_a_cache_may_be_a_link_to_a_folder_of_the_users_own(loaded, tmp_path, ca
 
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
-def test_clang_compiles_without_warnings_and_gives_the_same_bits(ops, tmp_path):
-    """As on macOS, without g++'s attributes; the library is loaded in a process of its own."""
-    library = build_cpu(tmp_path / "clang.so", "clang++", "-Wall", "-Wextra", "-Werror")
-    code = """if True:
-        import sys, torch
-        torch.ops.load_library(sys.argv[1])
-        ops, g = torch.ops.datadiet, torch.Generator().manual_seed(0)
-        w, m, d = (torch.randn(3, 97, generator=g) for _ in range(3))
-        ops.masked_sgd_(w, m, d, w[:, :50] > 0, torch.ones(1), 0.9, 1e-4)
-        x = torch.randn(4, 16, 9, 7, generator=g).contiguous(memory_format=torch.channels_last)
-        mean, none = torch.rand(16, generator=g), None
-        y = ops.batch_norm_relu_forward(x, mean, mean, none, none, x, 0.1, 1e-5, True)
-        losses = ops.example_losses(torch.randn(99, 10, generator=g) * 9, torch.arange(99) % 10)
-        print([t.double().sum().item() for t in (w, m, *y, *losses)])
-    """
-    ours = csrc.find(())
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    results = [
-        subprocess.run([sys.executable, "-c", code, path], env=env, capture_output=True, text=True)
-        for path in (ours, library)
-    ]
-    assert results[0].stdout and results[0].stdout == results[1].stdout, results
+def test_clang_compiles_without_warnings_what_passes_the_same_tests(tmp_path):
+    """As on macOS, without g++'s attributes."""
+    build_library(cached(tmp_path), "clang++", "-O3", "-Wall", "-Wextra", "-Werror")
+    run_tests(tmp_path)
 
 
 # ---- the CUDA kernels ----------------------------------------------------------------------------
@@ -528,21 +510,37 @@ def test_what_is_wrong_with_a_kernel_is_named():
         assert len(Kernel("sm_90", name, 64, *bad).faults()) == 1
 
 
-def build_cpu(library: Path, compiler: str, *flags: str, source: Path | None = None) -> Path:
-    """Compiles ops.cpp, or another source, without ninja."""
+def cached(folder: Path) -> Path:
+    """Where load() looks for a library when `folder` is TORCH_EXTENSIONS_DIR."""
+    (folder / "datadiet").mkdir(0o700)
+    return folder / f"datadiet/{csrc.library_name((), False)}.so"
+
+
+def build_library(to: Path, compiler: str, *flags: str, source: Path | None = None) -> None:
+    """Compiles ops.cpp, or another source, without torch's machinery."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     folder = Path(csrc.__file__).parent
     flags += ("-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", f"-I{folder}")
     flags += (*(f"-isystem{p}" for p in include_paths()), *(f"-L{p}" for p in library_paths()))
-    command = [compiler, *flags, source or folder / "ops.cpp", "-ltorch_cpu", "-o", library]
+    command = [compiler, *flags, source or folder / "ops.cpp", "-ltorch_cpu", "-o", to]
     subprocess.run(command, check=True)
-    return library
 
 
-def build_shim(library: Path) -> None:
+def run_tests(cache: Path, *flags: str, **variables: str) -> None:
+    """Runs the tests marked `anywhere` with the library in a cache, in a process of their own."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    files = [Path(__file__).with_name(f"test_{x}.py") for x in ("csrc", "batch_norm")]
+    options = ["-m", "pytest", "-q", "-x", "-s", "-m", "gpu", "-p", "no:cacheprovider", *flags]
+    command, out = [sys.executable, *options, *files], {"capture_output": True, "text": True}
+    done = subprocess.run(command, env=environment | variables, **out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "AddressSanitizer" not in done.stderr
+
+
+def test_the_kernels_run_on_the_cpu_under_the_address_sanitizer(tmp_path):
     """The operations for CPU tensors by the loops of ops.cu, which cuda_shim.h runs."""
-    folder = Path(csrc.__file__).parent
+    library, folder = cached(tmp_path), Path(csrc.__file__).parent
     files = ("ops.cpp", "ops.cu", "batch_norm.cuh")
     text = "".join(folder.joinpath(name).read_text() for name in files)
     launch = r"([\w(][^;{}\n]*?)<<<(.*?), (\w*THREADS), 0, .*?>>>\(([^;]*)\);"
@@ -555,32 +553,14 @@ def build_shim(library: Path) -> None:
     ):
         assert text.count(old) == 1
         text = text.replace(old, new)
-    source = library.with_suffix(".cpp")
+    source = tmp_path / "shim.cpp"
     source.write_text('#include "cuda_shim.h"\n' + text)
-    flags = ("-fsanitize=address", "-Wno-psabi", f"-I{Path(__file__).parent}")
-    build_cpu(library, "g++", *flags, source=source)
-
-
-def test_the_kernels_run_on_the_cpu_under_the_address_sanitizer(tmp_path):
-    """Builds the library that the tests marked `anywhere` then find in the cache."""
-    (tmp_path / "datadiet").mkdir(0o700)
-    build_shim(tmp_path / f"datadiet/{csrc.library_name((), False)}.so")
+    shim = f"-I{Path(__file__).parent}"
+    build_library(library, "g++", "-fsanitize=address", "-Wno-psabi", shim, source=source)
     find = ["g++", "-print-file-name=libasan.so"]
     sanitizer = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": sanitizer,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # kernels are fibers
-        "TORCH_EXTENSIONS_DIR": str(tmp_path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "CUDA_KERNELS_ON_CPU": "1",
-    }
-    files = [Path(__file__).with_name(f"test_{x}.py") for x in ("csrc", "batch_norm")]
-    flags = ["-m", "pytest", "-q", "-x", "-s", "-m", "gpu", "-p", "no:cacheprovider"]
-    command = [sys.executable, *flags, *files]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "AddressSanitizer" not in done.stderr
+    options = "detect_leaks=0:detect_stack_use_after_return=0"  # kernels are fibers
+    run_tests(tmp_path, LD_PRELOAD=sanitizer, ASAN_OPTIONS=options, CUDA_KERNELS_ON_CPU="1")
 
 
 @anywhere

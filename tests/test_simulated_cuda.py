@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_accesses_that_no_event_orders_are_noticed(gpu):
 
 def test_the_convolutions_of_a_step_are_timed_in_graphs(gpu, monkeypatch, capsys):
     """bench/conv.py: every pass of every layer, exact and fast, but the gradient of the images."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
     import conv
 
     words = "--depth 8 --width 4 --batch-size 2 --side 8 --repeats 1 --device cuda:0"
