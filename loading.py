@@ -7,7 +7,6 @@ import glob
 import hashlib
 import operator
 import os
-import re
 import shutil
 import sys
 import tarfile
@@ -64,13 +63,10 @@ def files_below(folder: str, above: tuple = ()) -> Iterator[os.DirEntry]:
                 yield entry
 
 
-def class_folders(root: Path) -> Iterator[tuple[str, os.DirEntry, os.DirEntry]]:
-    """("train", "valid" or "test"; its folder; a class folder in it) of a folder of images."""
-    for split in entries(root):
-        if split.name.lower() in SPLITS and split.is_dir():
-            for entry in entries(split.path):
-                if entry.is_dir():
-                    yield SPLITS[split.name.lower()], split, entry
+def split_folders(root: Path) -> list[tuple[str, os.DirEntry]]:
+    """("train", "valid" or "test", its folder) of a folder of images."""
+    found = [(SPLITS.get(e.name.lower()), e) for e in entries(root)]
+    return [(split, e) for split, e in found if split and e.is_dir()]
 
 
 def suffix_of(name: str) -> str:
@@ -90,10 +86,11 @@ def peek_size(dataset: str) -> tuple[int, int] | None:
             return (shape[1], shape[2]) if len(shape) in (3, 4) else None
         from PIL import Image
 
-        for split, _, folder in class_folders(root):
-            for entry in files_below(folder.path) if split == "train" else ():
-                if suffix_of(entry.name) in image_suffixes():
-                    with Image.open(entry.path) as image:
+        for folder in (f for split, f in split_folders(root) if split == "train"):
+            for file in files_below(folder.path):
+                inside = os.path.dirname(file.path) != folder.path
+                if inside and suffix_of(file.name) in image_suffixes():
+                    with Image.open(file.path) as image:
                         return image.height, image.width
     except Exception:  # whatever is wrong with it is named when it is loaded
         return None
@@ -233,12 +230,13 @@ def as_arrays(data: Any, source: str = "data") -> Arrays:
         if len(i) != len(y) or not len(i):
             raise UserError(f"{source}: {len(i)} {name}_images and {len(y)} {name}_labels")
     used = set(np.unique(labels[0]).tolist())
-    names = [printable(c) for c in (range(max(used) + 1) if classes is None else classes)]
-    if extra := used - set(range(len(names))):
-        raise UserError(f"{source}: label {min(extra)}, but only {len(names)} classes")
+    count = min(max(used), len(labels[0])) + 1  # with more labels than images one is unused
+    names = [printable(c) for c in (range(count) if classes is None else classes)]
     if unused := set(range(len(names))) - used:
         name = f" ({names[min(unused)]})" if classes is not None else ""
         raise UserError(f"{source}: no training image has label {min(unused)}{name}")
+    if extra := used - set(range(len(names))):
+        raise UserError(f"{source}: label {min(extra)}, but only {len(names)} classes")
     if unknown := set(np.unique(labels[1]).tolist()) - used:
         raise UserError(f"{source}: test label {min(unknown)} is no label of a training image")
     return Arrays(images[0], labels[0], images[1], labels[1], names)
@@ -261,7 +259,8 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype.kind in "iu" and low >= 0 and high <= 255:
         return pixels.astype(np.uint8)
     if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
-        levels = np.rint(scaled := pixels * pixels.dtype.type(255))
+        scaled = np.multiply(pixels, 255, dtype=np.result_type(pixels, np.float32))
+        levels = np.rint(scaled)
         if np.abs(scaled - levels).max() < 0.1:  # room for the rounding of float16
             return levels.astype(np.uint8)
         raise ValueError(f"{pixels.dtype} that are no multiples of 1/255: convert them to uint8")
@@ -293,8 +292,8 @@ def check_labels(value: Any, name: str) -> np.ndarray:
         labels = labels[:, 0]
     if labels.ndim != 1 or (labels.size and labels.dtype.kind not in "iu"):
         raise UserError(f"{name} is {labels.dtype} of shape {labels.shape}, not integers (N,)")
-    if labels.size and (labels.min() < 0 or labels.max() > 2**31):
-        raise UserError(f"{name} has the label {min(labels.min(), 0) or labels.max()}")
+    if labels.size and labels.min() < 0:
+        raise UserError(f"{name} has the label {labels.min()}")
     return np.require(labels, np.int64, ["C", "W"])
 
 
@@ -375,46 +374,41 @@ def cached(
 
     def read() -> tuple[Arrays, list[str]]:
         values = read_npz(cache)
-        remarks = values.get("remarks", np.array([], str)).tolist()
-        return as_arrays(values, printable(cache)), remarks
+        return as_arrays(values, printable(cache)), values.get("remarks", np.array([])).tolist()
 
     made = None
-    with contextlib.suppress(UserError):
-        made = read() if cache.exists() else None  # it is replaced as a whole: no lock is needed
-    if not made:
-        with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # a folder of others, that can only be read
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(UserError):
+            made = read()  # it is replaced as a whole, so reading needs no lock
+        if not made:
+            with contextlib.suppress(OSError):  # a folder that can only be read
                 held.enter_context(runs.lock(folder / f".{name}.lock", wait=True))
-            made = make_or_read(cache, name, read, make)
+            try:
+                made = read() if cache.exists() else None  # made by another process meanwhile
+            except UserError as e:
+                warn(f"{e}: decoding again")
+        if not made:
+            others = folder.glob(f"{glob.escape(name)}-{'[0-9a-f]' * 12}.npz")
+            if not cache.exists() and any(others):
+                warn(f"{printable(name)} was decoded from other files or settings: decoding again")
+            made = make()
+            keep(cache, *made)
     for remark in made[1]:
         warn(f"{printable(name)}: {remark}")
     return made[0]
 
 
-def make_or_read(cache: Path, name: str, read: Callable, make: Callable) -> tuple:
-    """Under the lock: what another process has made meanwhile, or what is made and kept now."""
-    if cache.exists():
-        try:
-            return read()
-        except UserError as e:
-            warn(f"{e}: decoding again")
-    elif others := [
-        p.name
-        for p in cache.parent.glob(f"{glob.escape(name)}-*.npz")
-        if re.fullmatch("[0-9a-f]{12}", p.stem[len(name) + 1 :])
-    ]:
-        warn(f"{printable(others[0])} was made from other files or settings: decoding again")
-    for left in cache.parent.glob(f".{glob.escape(cache.name)}.*.tmp"):  # by a process that died
+def keep(cache: Path, arrays: Arrays, remarks: list[str]) -> None:
+    """Writes the arrays, and removes what processes that died while writing them have left."""
+    for left in cache.parent.glob(f".{glob.escape(cache.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             left.unlink()
-    arrays, remarks = make()
-    values = {k: np.array(v) if k == "classes" else v for k, v in arrays._asdict().items()}
+    values = {**arrays._asdict(), "classes": np.array(arrays.classes), "remarks": remarks}
     try:
-        runs.write(cache, lambda f: np.savez(f, **values, remarks=np.array(remarks, str)))
+        runs.write(cache, lambda f: np.savez(f, **values))
     except OSError as e:
         problem = f"cannot keep the decoded arrays in {cache.parent} ({e.strerror})"
         warn(f"{problem}: they will be decoded at each start")
-    return arrays, remarks
 
 
 def resized(arrays: Arrays, size: int | None) -> Arrays:
@@ -460,15 +454,13 @@ def fetch_cinic10(folder: Path, resize: int | None, quiet: bool) -> tuple[Arrays
     try:
         from torchvision.datasets.utils import download_and_extract_archive
 
+        shutil.rmtree(root, ignore_errors=True)  # of a process that was killed
         with contextlib.redirect_stdout(sys.stderr):
-            shutil.rmtree(root, ignore_errors=True)  # of a process that was killed
             download_and_extract_archive(download_root=folder, extract_root=root, **CINIC10)
-        files, _ = list_images(root)
+        return decode(list_images(root)[0], resize, quiet)
     except (OSError, RuntimeError, ImportError, tarfile.TarError) as e:
         remedy = f"put CINIC-10.tar.gz (MD5 {CINIC10['md5']}) into {folder}"
         raise UserError(f"cannot get cinic10 ({one_line(e)}): {remedy}") from e
-    try:
-        return decode(files, resize, quiet)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -480,30 +472,30 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
     """(split, class, path, bytes, modified) of every image below a folder, in the order of the
     arrays, and what has to be said about the folder. UserError where a split or class is missing.
     """
-    files, ignored, empty, splits = [], Counter(), [], {}
-    where = f"--dataset {printable(root)}"
-    for split, parent, folder in class_folders(root):
-        splits.setdefault(split, parent)
-        before = len(files)
+    where, splits = f"--dataset {printable(root)}", split_folders(root)
+    files, ignored, loose, empty = [], Counter(), 0, []
+    for split, folder in splits:
+        filled = set()
         for f in files_below(folder.path):
-            if (suffix := suffix_of(f.name)) in image_suffixes():
-                s = f.stat()
-                files.append((split, folder.name, f.path, s.st_size, s.st_mtime_ns))
-            else:
+            name, *below = os.path.relpath(f.path, folder.path).split(os.sep)
+            if (suffix := suffix_of(f.name)) not in image_suffixes():
                 ignored[suffix or "no extension"] += 1
-        if len(files) == before:
-            empty.append(f"{parent.name}/{folder.name}")
-    loose = 0
-    for split in {e.name for e in entries(root) if e.name.lower() in SPLITS and e.is_dir()}:
-        loose += sum(suffix_of(e.name) in image_suffixes() for e in entries(root / split))
+            elif not below:
+                loose += 1
+            else:
+                s = f.stat()
+                files.append((split, name, f.path, s.st_size, s.st_mtime_ns))
+                filled.add(name)
+        inside = (e.name for e in entries(folder) if e.is_dir() and e.name not in filled)
+        empty += [f"{folder.name}/{name}" for name in inside]
+    valid = ", ".join(f"{f.name}/" for split, f in splits if split == "valid")
     for split in ("train", "test"):
         if split not in {f[0] for f in files}:
             found = [e.name + "/" * e.is_dir() for e in entries(root)]
             found = ", ".join(found[:5] + ["..."] * (len(found) > 5)) or "nothing"
             hint = f"; {loose:,} images lie in no class folder" if loose else ""
-            if split == "test" and "valid" in splits:
-                name = splits["valid"].name
-                hint += f"; {name}/ joins the training images: to test on it, rename it to test"
+            if split == "test" and valid:
+                hint += f"; {valid} joins the training images: to test on it, rename it to test"
             message = f"{where}: no images in {split}/CLASS/ (found {found}{hint})"
             raise UserError(printable(message))
     trained, tested = ({f[1] for f in files if (f[0] == "test") == t} for t in (False, True))
@@ -512,7 +504,7 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
         raise UserError(f"{where}: test images of class {names}, but no training images")
     remarks = []
     if joined := sum(f[0] == "valid" for f in files):
-        remarks.append(f"{joined:,} images of {splits['valid'].name}/ join the training images")
+        remarks.append(f"{joined:,} images of {valid} join the training images")
     if untested := sorted(trained - tested):
         remarks.append(f"no test images of {len(untested)} classes ({', '.join(untested[:3])})")
     if empty:

@@ -228,6 +228,8 @@ def test_names_that_are_not_utf8_can_be_printed(folder, capsys):
         )
     (root / "test/dog/1.png").rename(root / "test/x.png")
     put(root / "test/dog/1.png", Image.fromarray(pixels(4, 4, 4)))
+    os.rename(root, bytes(root) + b"\xe9")
+    root = root.with_name(os.fsdecode(b"pictures\xe9"))
     for _ in range(2):  # decoded, and from the cache
         a = load(root)
         assert a.classes == ["caf\\xe9", "dog"]
@@ -399,7 +401,7 @@ def test_damage_and_other_images_are_noticed(folder, capsys):
         assert cache.read_bytes() == content
     put(root / "train/cat/1.png", pixels(4, 4))
     assert not np.array_equal(load(root).train_images, first.train_images)
-    assert "was made from other files or settings: decoding again" in err(capsys)
+    assert "was decoded from other files or settings: decoding again" in err(capsys)
 
 
 def test_leftovers_of_a_killed_process_go(folder):
@@ -428,39 +430,34 @@ def test_two_processes_decode_once(folder, monkeypatch):
     assert len(calls) == 1
 
 
-AS_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all"]
-
-
-def as_user(root, cache, runner=AS_USER):
-    """What load_arrays says for a user without root's rights; [] instead of AS_USER if not root."""
+def test_a_data_folder_that_can_only_be_read(folder):
+    """A folder that is read-only, or whose lock belongs to somebody else; with arrays and without.
+    Where the tests run as root, without the rights that root has over permissions."""
+    root, line = folder(), "it: 4 training and 2 test images of 4x4x1, 2 classes"
+    kept = [root.parent / "closed", root.parent / "open"]
+    for cache, mode in zip(kept, (0o555, 0o755), strict=True):
+        load_arrays(str(root), cache, quiet=True)
+        [lock] = cache.glob(".*.lock")
+        lock.chmod(0o444), cache.chmod(mode)
+    bare = root.parent / "bare"
+    bare.mkdir(mode=0o555)
+    foreign = root.parent / "foreign"
+    foreign.mkdir()
+    (foreign / ".pictures.lock").touch(0o444)
+    caches = [str(c) for c in (*kept, bare, bare / "below", foreign)]
     code = f"""
 import sys; sys.path.insert(0, {str(loading.HERE)!r})
 from pathlib import Path
 import loading
-a = loading.load_arrays({str(root)!r}, Path({str(cache)!r}), quiet=True)
-print(loading.describe(a, "it"))"""
-    words = [*(runner if os.getuid() == 0 else []), sys.executable, "-c", code]
-    return subprocess.run(words, capture_output=True, text=True)
-
-
-def test_a_data_folder_that_can_only_be_read(folder):
-    root = folder()
-    line = "it: 4 training and 2 test images of 4x4x1, 2 classes\n"
-    for writable in (0o555, 0o755):  # the folder is read-only; the lock belongs to somebody else
-        cache = root.parent / f"shared{writable}"
-        load_arrays(str(root), cache, quiet=True)
-        [lock] = cache.glob(".*.lock")
-        lock.chmod(0o444), cache.chmod(writable)
-        done = as_user(root, cache)
-        assert (done.stdout, done.stderr) == (line, "")
-    cache = root.parent / "bare"
-    cache.mkdir()
-    cache.chmod(0o555)
-    for folder_ in (cache, cache / "below"):
-        done = as_user(root, folder_)
-        assert done.stdout == line
-        assert "cannot keep the decoded arrays" in done.stderr and "Permission" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+for cache in {caches!r}:
+    print(loading.describe(loading.load_arrays({str(root)!r}, Path(cache), quiet=True), "it"))"""
+    rights = "--bounding-set=-dac_override,-dac_read_search,-fowner"
+    words = ["setpriv", rights, "--inh-caps=-all"] if os.getuid() == 0 else []
+    done = subprocess.run([*words, sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [line] * 5, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == 2 and all("cannot keep" in s and "Permission denied" in s for s in said)
+    assert list(foreign.glob("pictures-*.npz"))  # the folder is writable, though its lock is not
 
 
 def test_without_sched_getaffinity(folder, monkeypatch):
@@ -736,6 +733,14 @@ def test_arrays_in_each_form():
     frozen = x.copy()
     frozen.flags.writeable = False
     assert as_arrays((frozen, y, u, v)).train_images.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", np.int8, np.uint64])
+def test_each_level_is_exact_in_each_dtype(dtype):
+    levels = np.arange(128 if dtype == np.int8 else 256).reshape(1, 16, -1)
+    x = (levels / 255 if np.dtype(dtype).kind == "f" else levels).astype(dtype)
+    a = as_arrays((x, [0], x, [0]))
+    assert np.array_equal(a.train_images[..., 0], levels)
 
 
 class Pairs(torch.utils.data.Dataset):
