@@ -151,11 +151,8 @@ def load_arrays(
             raise UserError(f"--dataset: cannot read {name}: {e.strerror}") from e
         for remark in remarks:
             warn(f"{printable(path)}: {remark}")
-        known = (
-            FOLDER_RULES,
-            resize,
-            [(*f[:2], os.path.relpath(f[2], path), *f[3:]) for f in files],
-        )
+        inside = [(*f[:2], f[2].removeprefix(str(path)), *f[3:]) for f in files]
+        known = (FOLDER_RULES, resize, inside)
         return cached(folder, path.resolve().name, known, lambda: decode(files, resize, quiet))
     if path.is_file() and path.suffix.lower() == ".npz":
         return resized(as_arrays(read_npz(path), printable(path)), resize)
@@ -223,12 +220,12 @@ def as_arrays(data: Any, source: str = "data") -> Arrays:
         raise UserError(f"{source}: {type(data).__name__} is not {ACCEPTED}")
     images = [check_images(values[k], f"{source}: {KEYS[k]}") for k in (0, 2)]
     labels = [check_labels(values[k], f"{source}: {KEYS[k]}") for k in (1, 3)]
-    if images[0].shape[1:] != images[1].shape[1:]:
-        shapes = " and ".join("x".join(map(str, i.shape[1:])) for i in images)
-        raise UserError(f"{source}: training and test images differ in shape ({shapes})")
     for name, i, y in zip(("train", "test"), images, labels, strict=True):
         if len(i) != len(y) or not len(i):
             raise UserError(f"{source}: {len(i)} {name}_images and {len(y)} {name}_labels")
+    if images[0].shape[1:] != images[1].shape[1:]:
+        shapes = " and ".join("x".join(map(str, i.shape[1:])) for i in images)
+        raise UserError(f"{source}: training and test images differ in shape ({shapes})")
     used = set(np.unique(labels[0]).tolist())
     count = min(max(used), len(labels[0])) + 1  # with more labels than images one is unused
     names = [printable(c) for c in (range(count) if classes is None else classes)]
@@ -322,8 +319,14 @@ def read_set(data: Any, split: str) -> tuple[Any, Any]:
         if not np.array_equal(item(k)[1], item(k)[1]):
             raise UserError(f"data: {split} image {k} is another each time: take off the transform")
     labels: list[int] = []
-    items = ((name, p, r) for name, p, r, y in map(item, range(len(data))) if not labels.append(y))
-    images, remarks = stack_images(len(data), items, "data")
+
+    def items() -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
+        for k in range(len(data)):
+            *image, label = item(k)
+            labels.append(label)
+            yield tuple(image)
+
+    images, remarks = stack_images(len(data), items(), "data")
     for remark in remarks:
         warn(f"data: {remark}")
     return images, labels
@@ -477,17 +480,17 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
     for split, folder in splits:
         filled = set()
         for f in files_below(folder.path):
-            name, *below = os.path.relpath(f.path, folder.path).split(os.sep)
+            name, inside, _ = f.path[len(folder.path) + 1 :].partition(os.sep)
             if (suffix := suffix_of(f.name)) not in image_suffixes():
                 ignored[suffix or "no extension"] += 1
-            elif not below:
+            elif not inside:
                 loose += 1
             else:
                 s = f.stat()
                 files.append((split, name, f.path, s.st_size, s.st_mtime_ns))
                 filled.add(name)
-        inside = (e.name for e in entries(folder) if e.is_dir() and e.name not in filled)
-        empty += [f"{folder.name}/{name}" for name in inside]
+        unfilled = (e.name for e in entries(folder) if e.is_dir() and e.name not in filled)
+        empty += [f"{folder.name}/{name}" for name in unfilled]
     valid = ", ".join(f"{f.name}/" for split, f in splits if split == "valid")
     for split in ("train", "test"):
         if split not in {f[0] for f in files}:
@@ -591,7 +594,7 @@ def stack_images(
 ) -> tuple[np.ndarray, list[str]]:
     """(N, H, W, C) of the `count` items (name, pixels or what is wrong, remarks), where C is 3 if
     any image has colour, and the remarks. UserError if images cannot be read or differ in size."""
-    images, unreadable, deepest = None, [], 0
+    images, unreadable, deepest = np.zeros((count, 1, 1, 1), np.uint8), [], 0
     sizes: dict[tuple, list[str]] = {}
     found: dict[str, list[str]] = {}
     for k, (name, pixels, remarks) in enumerate(items):
@@ -603,9 +606,9 @@ def stack_images(
             found.setdefault(remark, []).append(name)
         deepest = max(deepest, remarks.get("deep", 0))
         if unreadable or len(sizes) > 1:
-            images = None  # the rest is only looked through for what else is wrong
+            images = images[:0]  # the rest is only looked through for what else is wrong
             continue
-        if images is None:
+        if images.shape[1:3] != pixels.shape[:2]:
             images = np.empty((count, *pixels.shape[:2], 3 if pixels.ndim == 3 else 1), np.uint8)
         if pixels.ndim == 3 and images.shape[3] == 1:
             images = np.repeat(images, 3, axis=3)
