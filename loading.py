@@ -155,7 +155,10 @@ def load_arrays(
         known = (FOLDER_RULES, resize, inside)
         return cached(folder, path.resolve().name, known, lambda: decode(files, resize, quiet))
     if path.is_file() and path.suffix.lower() == ".npz":
-        return resized(as_arrays(read_npz(path), printable(path)), resize)
+        values = read_npz(path)
+        if unused := [k for k in values if k not in Arrays._fields]:
+            warn(f"{printable(path)}: {', '.join(unused)} not used")
+        return resized(as_arrays(values, printable(path)), resize)
     close = difflib.get_close_matches(dataset.lower().replace("-", ""), NAMES, 1, 0.8)
     hint = f" (did you mean {close[0]}?)" if close and not path.exists() else ""
     known = f"none of {', '.join(NAMES)}, no folder of images and no .npz file"
@@ -351,6 +354,8 @@ def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as f:
             return {n: f[n] for n in names or f.files}
+    except MemoryError:
+        raise
     except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
         raise UserError(f"{printable(path)} is damaged, or no .npz ({one_line(e)})") from e
 

@@ -664,6 +664,9 @@ def test_npz_files(tmp_path, capsys):
     assert peek_size(str(path)) == (4, 5)
     assert load_arrays(str(path), tmp_path, 2).train_images.shape == (6, 2, 2, 1)
     assert err(capsys) == ""
+    np.savez(path, **four(), val_images=pixels(2, 4, 4, 3), val_labels=[0, 1])
+    assert len(load_arrays(str(path), tmp_path).train_labels) == 6
+    assert "val_images, val_labels not used" in err(capsys)
 
 
 @pytest.mark.parametrize(
