@@ -196,6 +196,7 @@ def commands_of(args: argparse.Namespace) -> list[Command]:
         c.flags |= {"--out": args.out, "--data-dir": args.data_dir}
         c.flags |= {"--device": args.device} if args.device else {}
         c.flags["--quiet"] = None
+    commands.sort(key=lambda c: c.wave)
     return [c for c in commands if args.wave in (None, c.wave)]
 
 
@@ -227,10 +228,10 @@ class Job(NamedTuple):
     def folder(self) -> str:
         """imp/cifar10-resnet20/easy3200-rewind200/rep0-3"""
         first = self.folders[0]
-        numbers = [int(f.name[3:]) for f in self.folders if f.parent == first.parent]
         if not re.fullmatch(r"rep\d+", first.name):
             return str(first)
-        row = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
+        numbers = [int(f.name[3:]) for f in self.folders if f.parent == first.parent]
+        row = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
         name = f"{numbers[0]}-{numbers[-1]}" if row else ",".join(map(str, numbers))
         return f"{first.parent}/rep{name}"
 
