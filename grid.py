@@ -92,10 +92,12 @@ def read_grid(path: Path) -> list[tuple[str, Command]]:
     """(data set, command) line by line, the alternatives of a line expanded."""
     found: list[tuple[str, Command]] = []
     additions: list[tuple[list[str], list[str], Flags]] = []
+    if not path.is_file():
+        raise GridError(f"--grid {path}: no such file")
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise GridError(f"--grid {path}: {getattr(e, 'strerror', None) or 'not a text'}") from e
+        raise GridError(f"--grid {path}: cannot be read ({e})") from e
     for number, line in enumerate(lines, 1):
         try:
             words = shlex.split(line, comments=True)
@@ -134,12 +136,13 @@ def of_folder(command: Command, folder: str, preset: str) -> Command:
 def choose_data(
     grid: list[tuple[str, Command]], datasets: Iterable[str], preset: str
 ) -> Iterator[Command]:
-    known = list(dict.fromkeys(dataset for dataset, _ in grid))
+    known = {dataset for dataset, _ in grid}
+    names = ", ".join([*filter(known.__contains__, IMAGES), *sorted(known - {*IMAGES, "quick"})])
     for dataset in datasets:
         if dataset not in known and not Path(dataset).is_dir():
-            raise GridError(f"--dataset {dataset}: neither {', '.join(known)} nor a folder")
+            raise GridError(f"--dataset {dataset}: neither {names} nor a folder")
         if dataset not in known and preset not in known:
-            raise GridError(f"--preset {preset}: not one of {', '.join(known)}")
+            raise GridError(f"--preset {preset}: not one of {names}")
         for of, command in grid:
             if of == dataset:
                 yield command

@@ -24,9 +24,10 @@
 #   --rate N         --cost: network-steps per second of ResNet-20 on 128 images, if not measured
 #   --partition, --account, --time, --gres, --sbatch OPTION    are passed to sbatch
 #
-# Slurm: two minutes before its time limit an array element saves its state and requeues itself;
-# finished and queued runs are not submitted again. Preempted, after `scancel` and when a node fails,
-# a run resumes from its last checkpoint; only the cancelled one has to be submitted again.
+# Slurm: two minutes before its time limit an array element saves its state and requeues itself. A
+# run that is preempted or whose node fails is queued again and resumes from its last checkpoint, at
+# most a minute old. After `scancel` the same command submits again what is neither finished nor
+# queued.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
     echo "run_all.sh: error: bash $BASH_VERSION: 4.4 or newer is needed (brew install bash)" >&2
     exit 2
@@ -103,7 +104,7 @@ reap() { # waits for a run to end
         ! kill -0 "${running[slot]}" 2>/dev/null || continue
         i=${task_in[slot]}
         if wait "${running[slot]}"; then states[i]='done'; else states[i]=failed; fi
-        say "${states[i]}  ${folders[i]}"
+        say "${states[i]}  ${folders[i]}  ($((++ended)) of $todo)"
         unset "running[slot]"
     done
 }
@@ -117,8 +118,9 @@ stop() { # STATUS
 }
 
 run_here() {
-    local wave i bad=0
-    say "$(count todo) runs to do, $(count 'done') finished before; logs in $out/logs"
+    local wave i bad=0 ended=0 todo
+    todo=$(count todo)
+    say "$todo runs to do, $(count 'done') finished before; logs in $out/logs"
     mkdir -p -- "$out/logs" || exit 2
     trap 'stop 130' INT
     trap 'stop 143' TERM HUP
