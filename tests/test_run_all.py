@@ -196,7 +196,13 @@ def slurm():
     done = subprocess.run([up, folder], env=env, capture_output=True)
     if done.returncode:
         pytest.skip(f"Slurm does not start: {done.stderr.decode().strip()[-200:]}")
-    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    more = "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+    more += "PartitionName=urgent Nodes=ALL PriorityTier=9\n"
+    with open(folder / "slurm.conf", "a") as f:
+        f.write(more)
+    slurm = {"SLURM_CONF": str(folder / "slurm.conf")}
+    ask(slurm, "scontrol", "reconfigure")
+    yield slurm
     subprocess.run([up.with_name("down.sh"), folder], capture_output=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -257,20 +263,26 @@ def test_slurm_an_element_requeues_itself_alone(slurm, project, tmp_path):
     assert log.count("# 20") == 2, "one log of both attempts"
 
 
-def test_slurm_scancel_and_a_failing_node(slurm, project, tmp_path):
-    """Cancelled, a run saves its state and stays away; when its node fails it is queued again."""
+def test_slurm_scancel_preemption_and_a_failing_node(slurm, project, tmp_path):
+    """Cancelled, a run saves its state and stays away; the others are queued again."""
     element, other = start_two(slurm, project, tmp_path)
     ask(slurm, "scancel", element)
     wait_for(lambda: element not in queue(slurm))
     assert (tmp_path / LONG / "saved").exists()
-    [node] = ask(slurm, "sinfo", "-h", "-o", "%n")
+    ask(slurm, "sbatch", "-p", "urgent", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    wait_for(lambda: queue(slurm)[other][1] == "PENDING")
+    assert (tmp_path / WAITING / "saved").exists()
+    wait_for(lambda: queue(slurm)[other][1] == "RUNNING")
+    wait_for(lambda: len(calls(tmp_path)) == 3)
+    [node] = ask(slurm, "sinfo", "-h", "-p", "main", "-o", "%n")
     ask(slurm, "scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     wait_for(lambda: queue(slurm)[other][1] == "PENDING")
     resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
     subprocess.run(resume, env=os.environ | slurm, capture_output=True)  # unless it is back already
     (tmp_path / "go").touch()
     wait_for(lambda: not queue(slurm))
-    assert [x[0] for x in calls(tmp_path)].count(WAITING) == 2
+    assert [x[0] for x in calls(tmp_path)].count(WAITING) == 3
+    assert (tmp_path / WAITING / "done").exists()
 
 
 def test_a_time_limit_that_leaves_no_time(project, tmp_path):
