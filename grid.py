@@ -245,11 +245,6 @@ class Job(NamedTuple):
         return {folder / "scores.npy" for folder in folders}
 
 
-def networks_of(stage: str, settings: Any) -> int:
-    levels, children = getattr(settings, "levels", 0), getattr(settings, "children", 0)
-    return {"imp": levels + 2, "lmc": children + 1, "el2n": 0}.get(stage, 1)
-
-
 @functools.cache
 def parser_of(stage: str) -> Any:
     return importlib.import_module(stage).flags()
@@ -257,25 +252,16 @@ def parser_of(stage: str) -> Any:
 
 def plan(command: Command) -> Job:
     """Imports the stage; reads no data."""
-    stage, parser, words = importlib.import_module(command.stage), *parser_and_words(command)
+    stage = importlib.import_module(command.stage)
     from runs import UserError
 
     try:
-        settings = parser.parse_args(words)
-        runs = [tuple(run) for run in stage.plan(settings)]
+        settings = parser_of(command.stage).parse_args(command.words)
+        folders, steps, done, networks = zip(*stage.plan(settings), strict=True)
     except UserError as e:
-        raise GridError(f"{shlex.join([command.stage, *words])}: {e}") from e
-    runs = [run if len(run) == 4 else (*run, networks_of(command.stage, settings)) for run in runs]
-    folders, steps, done, networks = zip(*runs, strict=True)
+        raise GridError(f"{shlex.join([command.stage, *command.words])}: {e}") from e
     below = [Path(folder).relative_to(settings.out) for folder in folders]
     return Job(below, sum(steps), all(done), sum(networks), settings)
-
-
-def parser_and_words(command: Command) -> tuple[Any, list[str]]:
-    parser, words = parser_of(command.stage), command.words
-    if "--projected" not in parser.format_help():
-        words = [word for word in words if word != "--projected"]
-    return parser, words
 
 
 def print_plan(args: argparse.Namespace, commands: list[Command]) -> None:

@@ -25,7 +25,7 @@ def read(words: list[str]) -> SimpleNamespace:
 
 
 def flags() -> SimpleNamespace:
-    return SimpleNamespace(parse_args=read, format_help=lambda: "--projected")
+    return SimpleNamespace(parse_args=read)
 
 
 def plan(settings: SimpleNamespace) -> list[tuple]:
