@@ -1,21 +1,16 @@
 """The nouns of the paper, which all stages share: networks, data, subsets, scores, pre-training.
 
-Copy this file, options.py, engine.py, runs.py and data/ with any one stage and it runs. Section
-numbers in comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
+Copy this file, options.py, engine.py, runs.py and data/ with any one stage and it runs; other data
+need loading.py, files of one's own inputs.py, and csrc/ makes it faster. Section numbers in
+comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
 """
 
 import contextlib
 import dataclasses
 import functools
-import glob
-import hashlib
 import inspect
 import math
-import os
 import re
-import shutil
-import sys
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -28,12 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import engine
-import inputs
 import options
 import runs
 from engine import Data, Networks, Stream, Training, batch_norm_relu, generator
 from engine import are_compiled as are_compiled  # for notebooks: is csrc in use?
-from options import PRESETS, HandedIn, Settings
+from options import PRESETS, HandedIn, Settings, optional
 from runs import Run, UserError, fingerprint, one_line, skip, warn
 
 # ---- ResNet (He et al. 2016, for small images) ---------------------------------------------------
@@ -97,181 +91,48 @@ class ResNet(nn.Module):
 def load_data(s: Settings, device: torch.device, handed_in: Any = None) -> Data:
     """The data of --dataset, or those of a function call, on the device. UserError where something
     is missing, unreadable or of another size, by name."""
-    arrays = load_arrays(s.dataset, s.data_dir, s.quiet)
-    train = arrays[0]
-    counts = np.array(
-        [np.bincount(train[..., c].ravel(), minlength=256) for c in range(train.shape[3])]
-    )
-    value, total = np.arange(256), counts.sum(1)
-    mean = counts @ value / total
-    deviation = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 1e-12))
-    scale, shift = 1 / deviation, -mean / deviation
+    if handed_in is not None:
+        arrays = optional("loading").resized(handed_in, s.resize)
+    elif s.dataset != "digits":
+        arrays = optional("loading").load_arrays(s.dataset, s.data_dir, s.resize, s.quiet)
+    else:
+        arrays = load_digits(s.data_dir)
+        if s.resize:
+            arrays = optional("loading").resized(arrays, s.resize)
     *arrays, classes = arrays
-    tensors = (torch.from_numpy(a).to(device) for a in arrays)
     return Data(
         options.data_name(s.dataset),
-        *tensors,
+        *(torch.from_numpy(a).to(device) for a in arrays),
         classes,
         fingerprint(*arrays),
-        *(torch.tensor(v, dtype=torch.float32, device=device) for v in (scale, shift)),
+        *(torch.tensor(v, dtype=torch.float32, device=device) for v in normalisation(arrays[0])),
     )
-
-
-def load_arrays(name, folder, quiet):
-    if name == "digits":
-        *arrays, classes = load_digits(folder)
-    elif name in ("cifar10", "cifar100"):
-        *arrays, classes = load_cifar(name, folder)
-    else:
-        *arrays, classes = load_images(name, folder, quiet)
-    return *map(np.ascontiguousarray, arrays), classes
-
-
-DIGITS = "abecfd0572dbb442"  # fingerprint of the project's file
 
 
 def load_digits(folder: Path) -> tuple:
     """UCI optdigits: 1,797 handwritten 8x8 digits; the last 360, by other writers, are the test."""
-    path = next(
-        (p for p in (folder / "digits.npz", options.HERE / "data/digits.npz") if p.exists()), None
-    )
+    places = folder / "digits.npz", options.HERE / "data/digits.npz"
+    path = next((p for p in places if p.exists()), None)
     if path is None:
-        raise UserError(f"no {folder / 'digits.npz'}: copy the project's there, or give --dataset")
-    images, labels = read_npz(path, "images", "labels")
-    if fingerprint(images, labels) != DIGITS:
-        raise UserError(f"{path} is not the project's digits.npz: put that one there, or remove it")
+        raise UserError(f"no {places[0]}: copy the project's there, or give --dataset")
+    images, labels = runs.read_npz(path, "images", "labels").values()
     images, labels = images[..., None], labels.astype(np.int64)
     return images[:-360], labels[:-360], images[-360:], labels[-360:], [str(c) for c in range(10)]
 
 
-def load_cifar(name: str, folder: Path) -> tuple:
-    """CIFAR through torchvision, which checks the MD5 of every file before it opens it."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    try:
-        with contextlib.redirect_stdout(sys.stderr), runs.lock(folder / f".{name}.lock", wait=True):
-            train, test = (kind(folder, train=t, download=True) for t in (True, False))
-    except (OSError, RuntimeError) as e:
-        remedy = f"put {kind.filename} (MD5 {kind.tgz_md5}) into {folder}"
-        raise UserError(f"cannot get {name} ({one_line(e)}): {remedy}") from e
-    arrays = (a for d in (train, test) for a in (d.data, np.array(d.targets)))
-    return *arrays, list(train.classes)
-
-
-CINIC10 = {
-    "url": "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz",
-    "md5": "6ee4d0c996905fe93221de577967a372",
-}
-
-
-def extract_cinic10(folder: Path) -> Path:
-    """The folder of CINIC-10's images, downloaded if need be, its MD5 checked, unpacked."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    root = folder / "CINIC-10"
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            download_and_extract_archive(download_root=folder, extract_root=root, **CINIC10)
-    except (OSError, RuntimeError, tarfile.TarError) as e:
-        remedy = f"put CINIC-10.tar.gz (MD5 {CINIC10['md5']}) into {folder}"
-        raise UserError(f"cannot get cinic10 ({one_line(e)}): {remedy}") from e
-    return root
-
-
-def load_images(name: str, folder: Path, quiet: bool) -> tuple:
-    """NAME/{train,valid,test}/CLASS/IMAGE, or CINIC-10's archive of the same layout, decoded once.
-
-    valid/ joins train/. The arrays are kept in `folder` under a name made from the name, size and
-    time of every image (for CINIC-10 from its MD5), so that changed images are decoded again.
+def normalisation(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) float64 scale and shift: pixel * scale + shift has mean 0 and deviation 1 in each
+    channel of (N, H, W, C) uint8. Sums through histograms are exact: equal bits on every machine.
     """
-    files = None if name == "cinic10" else list_images(Path(name))
-    known = [(f[0], f[1], os.path.basename(f[2]), *f[3:]) for f in files] if files else CINIC10
-    stamp = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
-    cache = folder / f"{Path(name).resolve().name}-{stamp}.npz"
-    keys = ("train_images", "train_labels", "test_images", "test_labels", "classes")
-    with runs.lock(folder / f".{cache.stem}.lock", wait=True):
-        if cache.exists():
-            try:
-                *arrays, classes, made_from = read_npz(cache, *keys, "stamp")
-                if made_from != stamp:
-                    raise UserError(f"{cache} is of other images")
-                return *arrays, classes.tolist()
-            except UserError as e:
-                warn(f"{e}: decoding again")
-        for left in folder.glob(f".{glob.escape(cache.name)}.*.tmp"):  # by a process that died
-            left.unlink()
-        *arrays, classes = decode(files or list_images(extract_cinic10(folder)), quiet)
-        if not files:
-            shutil.rmtree(folder / "CINIC-10")  # 270,000 small files
-        arrays_by_key = dict(zip(keys, [*arrays, np.array(classes)], strict=True))
-        runs.write(cache, lambda f: np.savez(f, **arrays_by_key, stamp=np.array(stamp)))
-    return *arrays, classes
-
-
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
-
-
-def list_images(root: Path) -> list[tuple]:
-    """(split, class, path, bytes, modified) of every image below a folder."""
-    if not root.is_dir():
-        raise UserError(f"--dataset {root}: neither {', '.join(PRESETS)} nor a folder")
-    files = []
-    for split in ("train", "valid", "test"):
-        if (root / split).is_dir():
-            for entry in os.scandir(root / split):
-                for f in os.scandir(entry) if entry.is_dir() else ():
-                    if os.path.splitext(f.name)[1].lower() in IMAGES:
-                        s = f.stat()
-                        files.append((split, entry.name, f.path, s.st_size, s.st_mtime_ns))
-    for split in ("train", "test"):
-        if split not in {f[0] for f in files}:
-            raise UserError(f"--dataset {root}: no images in {root / split}/CLASS/")
-    return sorted(files)
-
-
-def decode(files: list[tuple], quiet: bool) -> tuple:
-    """Records of `list_images` -> train and test arrays in class order, class names."""
-    from multiprocessing.pool import ThreadPool  # PIL decodes without the interpreter's lock
-
-    classes = sorted({f[1] for f in files})
-    if missing := set(classes) - {f[1] for f in files if f[0] != "test"}:
-        raise UserError(f"--dataset: class {min(missing)} has test images and no training images")
-    files = sorted(files, key=lambda f: (f[0] == "test", f[1], f[0], f[2]))
-    paths = [f[2] for f in files]
-    read = functools.partial(decode_image, gray=decode_image(paths[0]).shape[2] == 1)
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
-        decoded = pool.imap(read, paths, chunksize=64)
-        images = list(tqdm(decoded, "decoding", len(paths), unit=" images", disable=quiet))
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            size = "x".join(map(str, image.shape[1::-1]))
-            raise UserError(f"--dataset: images differ in size: {path} is {size}")
-    labels = np.array([classes.index(f[1]) for f in files])
-    images, cut = np.stack(images), sum(f[0] != "test" for f in files)
-    return images[:cut], labels[:cut], images[cut:], labels[cut:], classes
-
-
-def decode_image(path: str, gray: bool | None = None) -> np.ndarray:
-    """(H, W, 1 or 3) uint8 of an image file; `gray` None: as it is."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            gray = image.mode in ("1", "L") if gray is None else gray
-            pixels = np.asarray(image.convert("L" if gray else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"--dataset: cannot read the image {path}: {one_line(e)}") from e
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def read_npz(path: Path, *names: str) -> list[np.ndarray]:
-    """Arrays of an .npz, whose zip checksums are verified; nothing is unpickled."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            return [f[n] for n in names]
-    except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
-        raise UserError(f"{path} is damaged ({one_line(e)})") from e
+    counts = np.zeros((images.shape[3], 256), np.int64)
+    for first in range(0, len(images), 500):  # a whole channel at once would be copied as int64
+        for channel, count in enumerate(counts):
+            values = torch.from_numpy(images[first : first + 500, ..., channel].ravel())
+            count += torch.bincount(values, minlength=256).numpy()
+    value, total = np.arange(256), counts.sum(1)
+    mean = counts @ value / total
+    deviation = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 1e-12))
+    return 1 / deviation, -mean / deviation
 
 
 # ---- a study: settings, data, network ------------------------------------------------------------
@@ -368,7 +229,7 @@ class Study:
         shared += ("milestones", "pad", "flip", "seed", "precision", "fast", "name")
         values = {k: getattr(s, k) for k in (*shared, *keys)}
         if "subset" in keys:
-            ranked = s.subset in ("easy", "hard")
+            ranked = is_ranked(s)
             values |= {"size": s.size} if s.subset != "all" else {}
             values |= {"offset": s.offset, "balance": s.balance} if ranked else {}
             values["scores"] = fingerprint(self.scores) if ranked else None
@@ -658,7 +519,8 @@ def read_scores(study: Study) -> np.ndarray:
     path = given or make_el2n(study)
     remedy = "" if given else ": el2n.py --fresh makes the scores again"
     n, noise = len(data.train_labels), [s.label_noise, s.seed if s.label_noise else 0]
-    scores, beside, problem = inputs.check_scores_file(path, n), path.with_suffix(".json"), None
+    scores = optional("inputs").check_scores_file(path, n) if given else runs.read_npy(path)
+    beside, problem = path.with_suffix(".json"), None
     if not beside.exists():
         return scores
     about = runs.read_json(beside, "metric")
@@ -700,7 +562,7 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
         with contextlib.suppress(OSError, TypeError):
             file = fingerprint(inspect.getsource(handed_in.model))
     elif s.model:
-        function, source = inputs.load_function(s.model)
+        function, source = optional("inputs").load_function(s.model)
         make, called, file = (
             functools.partial(function, *shape),
             function.__name__,
@@ -860,11 +722,12 @@ def prepare(
     check(s, data)
     model = find_model(s, data, handed_in)
     about = {"data": describe_data(data), "model": describe_model(model)}
+    about |= {"scale": data.scale.tolist(), "shift": data.shift.tolist()}
     study = Study(
         s, data, model, options.code_identity(Path(stage).resolve()), about, on_log=handed_in.on_log
     )
     if getattr(s, "indices", None):
-        indices = inputs.read_indices(s.indices, len(data.train_labels), "--indices")
+        indices = optional("inputs").read_indices(s.indices, len(data.train_labels), "--indices")
         study = dataclasses.replace(study, indices=indices)
         if len(indices) < s.batch_size:
             problem = f"{len(indices)} examples, fewer than a batch (--batch-size {s.batch_size})"
@@ -872,10 +735,23 @@ def prepare(
     return study
 
 
+def is_ranked(s: Settings) -> bool:
+    """Whether the subset is an end of a ranking."""
+    return getattr(s, "subset", "all") in ("easy", "hard")
+
+
+def needs_el2n(s: Settings) -> bool:
+    """Whether EL2N scores of the stage's settings are used."""
+    return is_ranked(s) and not getattr(s, "scores", None)
+
+
 def rank(study: Study) -> Study:
     """The study with the scores that its subset needs, made if they are missing."""
-    ranked = getattr(study.settings, "subset", "all") in ("easy", "hard")
-    return dataclasses.replace(study, scores=read_scores(study)) if ranked else study
+    return (
+        dataclasses.replace(study, scores=read_scores(study))
+        if is_ranked(study.settings)
+        else study
+    )
 
 
 def describe_data(data: Data) -> str:
@@ -899,6 +775,11 @@ def announce(study: Study, *more: str) -> bool:
     """Prints the line that a stage starts with; whether it goes on (not with --dry-run)."""
     s, about = study.settings, study.about
     plan = f"preset {s.preset}, {s.steps} steps of {s.batch_size}, {s.precision} on {s.device}"
+    if needs_el2n(s):
+        made = scoring(s)
+        scores = options.run_folder(made, "el2n", el2n_name(made), study.model.name)
+        if runs.finished_result(scores) is None:
+            plan += f"; scores first: {made.networks} networks x {made.score_step} steps"
     if not s.quiet or s.dry_run:
         runs.say("; ".join([about["data"], about["model"], plan, *more]))
     return not s.dry_run
@@ -1009,8 +890,7 @@ def read_starts(
             raise UserError(f"{source}: trained to step {step} of --steps {s.steps}")
         masks = network.masks
         if mask:
-            shapes = {name: view.shape for name, view in networks.layers.items()}
-            masks = inputs.read_mask(mask, shapes, "--mask")
+            masks = read_mask(mask, networks)
         networks.load(0, network.state, masks)
         accuracy = about.get("test_accuracy") if not mask else None
         if accuracy is None:
@@ -1020,13 +900,25 @@ def read_starts(
     return starts
 
 
-def read_network(study: Study, file: Path, source: str) -> inputs.Network:
+def step_of(path: Path, replicate: int) -> int:
+    """The step that one of our pretrained.pt was trained to."""
+    file = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
+    return runs.read_tensors(file)["step"]
+
+
+def read_mask(path: Path, networks: Networks) -> dict[str, Tensor]:
+    """The masks by layer of --mask."""
+    shapes = {name: view.shape for name, view in networks.layers.items()}
+    return optional("inputs").read_mask(path, shapes, "--mask")
+
+
+def read_network(study: Study, file: Path, source: str) -> Any:
     """The network of a file, ours or anyone's, under the names of the study's model."""
     module = study.model.build()
     wanted = {k: v.shape for k, v in module.state_dict().items()}
     wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
     prunable = {engine.layer_name(k): k for k in engine.prunable_parameters(module)}
-    return inputs.read_network(file, wanted, prunable, source)
+    return optional("inputs").read_network(file, wanted, prunable, source)
 
 
 def chance_accuracy(data: Data) -> float:

@@ -762,14 +762,14 @@ def fit(
         progress.update((done - step) * networks.rows)
         step, now = done, time.perf_counter()
         for run, seconds in zip(group, before, strict=True):
-            run.seconds = seconds + now - began
+            run.seconds = seconds + (now - began) / len(group)
         if signals.number or now - saved_at > t.settings.checkpoint_every:
             for run, rows in zip(group, parts, strict=True):
                 extra = {k: v[rows].cpu().clone() for k, v in t.extra.items()}
                 run.checkpoint(phase, step, {"networks": networks.get(rows), "extra": extra})
             saved_at = now
         if signals.number:
-            raise runs.Interrupted(signals.number)
+            raise runs.Interrupted(signals.number, f"{phase} step {step} of {t.stop}")
         if step in t.at:
             observe(step)
     # The last update may be the one that goes wrong, and no loss is taken after it.

@@ -7,6 +7,7 @@ todo, folder below --out, number of the command that makes its scores or -, comm
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ import math
 import re
 import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
@@ -198,7 +199,6 @@ def commands_of(args: argparse.Namespace) -> list[Command]:
             c.flags["--scores"] = re.sub(r"^RESULTS(?=/)", lambda _: args.out, scores)
         c.flags |= {"--out": args.out, "--data-dir": args.data_dir}
         c.flags |= {"--device": args.device} if args.device else {}
-        c.flags["--quiet"] = None
     commands.sort(key=lambda c: c.wave)
     return [c for c in commands if args.wave in (None, c.wave)]
 
@@ -319,20 +319,13 @@ def numbers_of(folder: Path) -> tuple[int, list[dict]]:
 
 
 def rates(out: Path) -> dict[str, float]:
-    """Images per second of each model, the median over the levels of imp. Replicates of a folder
-    with the same seconds were trained side by side."""
-    found = []
-    for folder in sorted(out.glob("imp/*/*/rep*")):
-        try:
-            batch, levels = numbers_of(folder)
-            numbers = [(x["level"], x["seconds"], float(x["steps_per_second"])) for x in levels]
-            found += [(folder, batch * rate, level, seconds) for level, seconds, rate in numbers]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged or not a run, which figures.py reports
-    beside = Counter((folder.parent, *level) for folder, _, *level in found)
+    """Images per second of each model, the median over the levels of imp."""
     by_model = defaultdict(list)
-    for folder, rate, *level in found:
-        by_model[folder.parent.parent.name].append(rate * beside[folder.parent, *level])
+    for folder in sorted(out.glob("imp/*/*/rep*")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not a run, or damaged
+            batch, levels = numbers_of(folder)
+            found = [batch * float(x["steps_per_second"]) for x in levels]
+            by_model[folder.parent.parent.name] += found
     return {model: median(values) for model, values in by_model.items()}
 
 

@@ -37,7 +37,6 @@ from torch import Tensor
 
 import common
 import engine
-import inputs
 import options
 import runs
 from common import Study
@@ -139,8 +138,7 @@ def level_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
 
 def read_mask(study: Study, scratch: Networks) -> Tensor:
     """The mask (P,) of --mask."""
-    shapes = {name: view.shape for name, view in scratch.layers.items()}
-    return scratch.flat_mask(inputs.read_mask(study.settings.mask, shapes, "--mask"))
+    return scratch.flat_mask(common.read_mask(study.settings.mask, scratch))
 
 
 def control_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
@@ -402,7 +400,7 @@ def verify(study: Study) -> list[dict]:
 def plan(s: Settings) -> list[options.Planned]:
     """The runs of the command; reads no data."""
     if s.init and s.rewind is None:
-        s = dataclasses.replace(s, rewind=inputs.step_of(s.init, s.replicate[0]))
+        s = dataclasses.replace(s, rewind=common.step_of(s.init, s.replicate[0]))
     first = 0 if s.control == "reinit" else s.rewind
     pretrained = bool(s.control or s.init)
     steps = s.rewind * (not pretrained) + (s.levels + 1) * (s.steps - first)

@@ -1,11 +1,12 @@
 """What users hand in: networks, masks, indices and scores as files, models as functions.
 
-Each reader says in one line (UserError) what it found and what it wanted. `source` names the flag
-and the file in these lines, as in "--init weights.pt".
+Each reader raises a UserError of one line that says what it found and what was expected. `source`
+names the flag and the file in these lines, as in "--init weights.pt".
 """
 
 import argparse
 import collections
+import contextlib
 import difflib
 import hashlib
 import pathlib
@@ -28,21 +29,20 @@ from runs import UserError, one_line
 
 # ---- what a file is ------------------------------------------------------------------------------
 
-TORCH, NPY, NPZ, TEXT = "a file of torch.save", "an .npy array", "an .npz archive", "a text file"
+TORCH, NPY, NPZ, TEXT = "a torch.save file", "an .npy array", "an .npz archive", "a text file"
 SAFETENSORS, TORCHSCRIPT = "a safetensors file", "a TorchScript archive"
 FIRST_BYTES = {
     b"\x93NUMPY": NPY,
-    b"PK\x03\x04": TORCH,  # a zip without its end: torch.load says that it is damaged
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": TORCH,  # of torch before 1.6
     b"\x80": "a pickle that torch.save did not write",
     b"\x1f\x8b": "a gzip archive",
-    b"\xff\xfe": "a text file in UTF-16; UTF-8 is read",
+    b"\xff\xfe": "a text file in UTF-16, not UTF-8",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<": "a web page, not the file itself",
 }
 
 # Plain values that scripts keep beside the weights (numpy 1 and Python 3.13 name some differently).
-# torch.load(weights_only=True) refuses them by default; building them runs no code either.
+# torch.load(weights_only=True) refuses them by default; building them runs no code.
 ARRAYS = {n: getattr(np._core.multiarray, n) for n in ("scalar", "_reconstruct")}
 HARMLESS = [argparse.Namespace, types.SimpleNamespace, collections.defaultdict]
 HARMLESS += [pathlib.PosixPath, (pathlib.PosixPath, "pathlib._local.PosixPath")]
@@ -57,9 +57,14 @@ def kind_of(path: Path, source: str) -> str:
         raise UserError(f"{source} {problem if path.exists() else 'does not exist'}")
     with open(path, "rb") as f:
         head = f.read(512)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = {name.split("/")[-1] for name in archive.namelist()}
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.split("/")[-1] for name in archive.namelist()}
+        except (
+            Exception
+        ):  # zipfile has an exception for each kind of damage, torch.load will say so
+            return TORCH
         if "data.pkl" in names:
             return TORCHSCRIPT if "constants.pkl" in names else TORCH
         return NPZ if names and all(n.endswith(".npy") for n in names) else "a zip archive"
@@ -70,18 +75,18 @@ def kind_of(path: Path, source: str) -> str:
             return kind
     if head and not re.search(rb"[\x00-\x08\x0e-\x1f]", head):
         return TEXT
-    return "damaged, or of a kind not known here" if head else "an empty file"
+    return "damaged, or of an unknown kind" if head else "an empty file"
 
 
 def load(path: Path, source: str, *more_kinds: str) -> tuple[Any, bool]:
-    """What a file of torch.save or a .safetensors holds, or an .npz where `more_kinds` has it, and
+    """What a torch.save file or a .safetensors holds, or an .npz where `more_kinds` has it, and
     whether these scripts wrote it (then its checksum is right)."""
     kind = kind_of(path, source)
     if kind == TORCHSCRIPT:
         instead = f'torch.save(torch.jit.load("{path.name}").state_dict(), "weights.pt")'
-        raise UserError(f"{source} is {kind}; save its weights alone: {instead}")
+        raise UserError(f"{source} is {kind}; save only the weights: {instead}")
     if kind not in (TORCH, SAFETENSORS, *more_kinds):
-        remedy = '; wanted is what torch.save(model.state_dict(), "weights.pt") writes'
+        remedy = '; expected a file written by torch.save(model.state_dict(), "weights.pt")'
         raise UserError(f"{source} is {kind}{remedy * (':' not in kind)}")
     try:
         if kind == NPZ:
@@ -112,10 +117,10 @@ def refused_class(path: Path, error: UserError) -> str:
     if b"torch.nn.modules." in path.read_bytes():  # the pickle itself is not compressed
         what, instead = "is a pickled module", "model.state_dict()"
     else:
-        what = "has pickled objects"
+        what = "contains pickled objects"
         instead = f'torch.load("{path.name}", weights_only=False)["state_dict"]'
-    remedy = f'save its weights alone: torch.save({instead}, "weights.pt")'
-    return f"{what} ({refused[1]}), whose loading may run code; if you trust it, {remedy}"
+    remedy = f'save only the weights: torch.save({instead}, "weights.pt")'
+    return f"{what} ({refused[1]}), which can run code when loaded; if you trust it, {remedy}"
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
@@ -136,8 +141,8 @@ class Network(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tensors of one dict in a file under one prefix of their names: `where` is the way to them
-    (keys and prefix), `keys` their names in the dict, `outside` the other names there."""
+    """Tensors of one dict in a file under one prefix of their names: `where` is their dotted
+    keys and prefix, `keys` their names in the dict, `outside` the other names there."""
 
     where: str
     tensors: dict[str, Tensor]
@@ -157,9 +162,9 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def dicts_of_tensors(content: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
-    """Every dict that has tensors (or arrays) under names, however nested, and the way to it."""
-    if not isinstance(content, dict | list | tuple) or len(way) > 8:
+def dicts_of_tensors(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Every dict that has tensors (or arrays) under names, however nested, and its dotted keys."""
+    if not isinstance(content, dict | list | tuple) or len(keys) > 8:
         return
     items = list(content.items() if isinstance(content, dict) else enumerate(content))
     arrays = {k: v for k, v in items if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
@@ -167,12 +172,12 @@ def dicts_of_tensors(content: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[
     tensors = {k: v.detach() for k, v in items if isinstance(v, Tensor)}
     tensors |= {k: torch.from_numpy(v) for k, v in native.items()}
     if named := {k: v for k, v in tensors.items() if isinstance(k, str)}:
-        yield ".".join(way), {k: v for k, v in named.items() if k.split(".")[-1] not in COUNTERS}
+        yield ".".join(keys), {k: v for k, v in named.items() if k.split(".")[-1] not in COUNTERS}
     for key, value in items:
-        yield from dicts_of_tensors(value, (*way, str(key)))
+        yield from dicts_of_tensors(value, (*keys, str(key)))
 
 
-def groups(way: str, tensors: dict[str, Tensor], wanted: dict) -> list[Group]:
+def groups(where: str, tensors: dict[str, Tensor], wanted: dict) -> list[Group]:
     """The tensors under each dotted prefix below which any of the wanted names stands, by the
     names wanted where they have one."""
     plain, names = {canonical(n): n for n in wanted}, {canonical(n): n for n in tensors}
@@ -187,8 +192,8 @@ def groups(way: str, tensors: dict[str, Tensor], wanted: dict) -> list[Group]:
         inside = {n.removeprefix(prefix): k for n, k in names.items() if n.startswith(prefix)}
         keys = {plain.get(n, n): k for n, k in inside.items()}
         outside = [k for n, k in names.items() if not n.startswith(prefix)]
-        where = ".".join(filter(None, (way, prefix[:-1])))
-        found.append(Group(where, {n: tensors[k] for n, k in keys.items()}, keys, outside))
+        full = ".".join(filter(None, (where, prefix[:-1])))
+        found.append(Group(full, {n: tensors[k] for n, k in keys.items()}, keys, outside))
     return found
 
 
@@ -217,7 +222,7 @@ def misfit(found: dict[str, Tensor], wanted: dict[str, torch.Size]) -> str:
     """What is wrong with tensors that should be the network wanted, in words; "" if nothing is."""
     lacking, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
     other = [n for n in wanted if n in found and found[n].shape != wanted[n]]
-    holds, shapes = f"holds {len(found)} tensors", {n: t.shape for n, t in found.items()}
+    holds, shapes = f"has {len(found)} tensors", {n: t.shape for n, t in found.items()}
     theirs, ours = describe_resnet(shapes), describe_resnet(wanted)
     if not (lacking or extra or other):
         return ""
@@ -225,23 +230,23 @@ def misfit(found: dict[str, Tensor], wanted: dict[str, torch.Size]) -> str:
         flags = [f"--{f} {theirs[f]}" for f in ("depth", "width") if theirs[f] != ours[f]]
         text = "ResNet-{depth} of width {width}, {channels} channels, {classes} classes".format_map
         remedy = f": give {' '.join(flags)}" if flags else ""
-        return f"holds a {text(theirs)}; this network is a {text(ours)}{remedy}"
+        return f"contains a {text(theirs)}; this network is a {text(ours)}{remedy}"
     if len(lacking) == len(wanted):
-        return f"{holds} ({listed(found)}), none of the {len(wanted)} wanted ({listed(wanted)})"
+        return f"{holds} ({listed(found)}), none of this network's {len(wanted)} ({listed(wanted)})"
     for name in other[:1]:
         a, b = tuple(found[name].shape), tuple(wanted[name])
         head = name == [n for n, s in wanted.items() if len(s) > 1][-1] and a[1:] == b[1:]
-        outputs = f": a classifier of {a[0]} outputs, here they are {b[0]}" if head else ""
+        outputs = f": a classifier with {a[0]} outputs instead of {b[0]}" if head else ""
         return f"{holds}, of which {name} is {a}, this network's {b}{outputs}"
     for name in lacking:
         module, _, leaf = name.rpartition(".")
         stems = (f"{module}.parametrizations.{leaf}.", f"{name}_")
         if inner := [n for n in extra if n.startswith(stems)]:
             remedy = "torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm"
-            return f"holds {name} parametrized as {listed(inner)}: before saving, run {remedy}"
-    problems = [f"lacks {listed(lacking)}"] * bool(lacking)
-    problems += [f"has {listed(extra)}, which this network has not"] * bool(extra)
-    return f"{holds} where {len(wanted)} are wanted: it {' and '.join(problems)}"
+            return f"has {name} parametrized as {listed(inner)}: before saving, run {remedy}"
+    problems = [f"missing {listed(lacking)}"] * bool(lacking)
+    problems += [f"unexpected {listed(extra)}"] * bool(extra)
+    return f"{holds}, this network has {len(wanted)}: {'; '.join(problems)}"
 
 
 def describe_resnet(shapes: dict[str, torch.Size]) -> dict[str, int] | None:
@@ -255,8 +260,8 @@ def describe_resnet(shapes: dict[str, torch.Size]) -> dict[str, int] | None:
 
 
 def only_one(source: str, fitting: list[Group], what: str) -> Group:
-    """The one that is meant: equal ones are one, and averaged weights (EMA, SWA) give way to the
-    trained ones, with a line; UserError where several are left."""
+    """The only candidate: equal ones count once, and averaged weights (EMA, SWA) are passed over
+    for the trained ones, with a line; UserError where several remain."""
     different: list[Group] = []
     for g in fitting:
         pairs = ([(t, d.tensors.get(n, t)) for n, t in g.tensors.items()] for d in different)
@@ -265,12 +270,12 @@ def only_one(source: str, fitting: list[Group], what: str) -> Group:
     trained = [g for g in different if not AVERAGED.search(g.where)]
     if len(different) > 1 and len(trained) == 1:
         left = listed(g.where for g in different if g not in trained)
-        runs.warn(f'{source}: takes "{trained[0].where}", not the averaged weights in "{left}"')
+        runs.warn(f'{source}: using "{trained[0].where}", not the averaged weights "{left}"')
         return trained[0]
     if len(different) > 1:
         names = listed((g.where or "the outermost" for g in different), 6)
         raise UserError(
-            f"{source} holds several {what} that fit ({names}): save the one meant alone"
+            f"{source} contains several matching {what} ({names}): save only the intended one"
         )
     return different[0]
 
@@ -279,12 +284,12 @@ def as_float32(source: str, name: str, values: Tensor) -> Tensor:
     """A copy in float32; buffers of whole numbers (an index table) stay what they are."""
     weight = re.search(r"(weight|bias|running_)\w*$", name) or values.is_quantized
     if weight and (values.is_quantized or not values.is_floating_point()):
-        raise UserError(f"{source}: {name} is {values.dtype}, wanted are floating-point weights")
+        raise UserError(f"{source}: {name} is {values.dtype}, expected floating-point weights")
     values = values.to_dense() if values.layout != torch.strided else values
     values = values.float() if values.is_floating_point() else values
     if not values.isfinite().all():
         worst = "NaN" if values.isnan().any() else "infinite values (as float32)"
-        raise UserError(f"{source}: {name} has {worst}: the network diverged")
+        raise UserError(f"{source}: {name} contains {worst}")
     return values.clone(memory_format=torch.contiguous_format)
 
 
@@ -308,18 +313,20 @@ def read_network(
         if isinstance(content, dict) and isinstance(content.get(key), Tensor | np.ndarray | list):
             raise UserError(f'{source}: "{key}" is not a dict of masks by layer')
     candidates, pruned, masks, mask_dicts = [], {}, {}, []
-    for way, tensors in dicts_of_tensors(content):
-        if is_mask(way):
-            mask_dicts.append((way, tensors))
+    for where, tensors in dicts_of_tensors(content):
+        if is_mask(where):
+            mask_dicts.append((where, tensors))
             continue
         if not any(n.endswith(("_orig", ".original")) for n in wanted):
             tensors, masks = merge_pruning(source, tensors)
-        for g in groups(way, tensors, wanted):
+        for g in groups(where, tensors, wanted):
             candidates.append(g)
             pruned[g.where] = {n: masks[k] for n, k in g.keys.items() if k in masks}
     if not candidates:
-        problem = "is no finished network of these scripts" if ours else "holds no network"
-        raise UserError(f"{source} {problem} (found: {contents(content)})")
+        problem = f"contains no network (found {contents(content)})"
+        if ours:
+            problem = "is not pretrained.pt or levelNN.pt of a run, which contain networks"
+        raise UserError(f"{source} {problem}")
     fitting = [g for g in candidates if not misfit(g.tensors, wanted)]
     if not fitting:
         best = max(candidates, key=lambda g: len(g.tensors.keys() & wanted.keys()))
@@ -328,7 +335,7 @@ def read_network(
     fitting.sort(key=lambda g: not pruned[g.where])  # of equal ones the one that has masks
     chosen = only_one(source, fitting, "networks")
     if chosen.outside:
-        runs.warn(f"{source}: leaves out {listed(chosen.outside)}")
+        runs.warn(f"{source}: ignoring tensors outside the network: {listed(chosen.outside)}")
     if any(chosen.tensors[n].dtype == torch.float64 for n in wanted):
         runs.warn(f"{source}: float64 weights are rounded to float32")
     state = {n: as_float32(source, n, chosen.tensors[n]) for n in wanted}
@@ -341,7 +348,9 @@ def read_network(
         ones = {layer: torch.ones(shape, dtype=torch.bool) for layer, shape in layers.items()}
         masks = ones | {k: buffers[n] for k, n in prunable.items() if n in buffers}
         if others := buffers.keys() - {*prunable.values()}:
-            runs.warn(f"{source}: {listed(sorted(others))} pruned there may regrow here")
+            runs.warn(
+                f"{source}: {listed(sorted(others))} masked in the file but not prunable here"
+            )
     apply_masks(source, state, masks, prunable)
     return Network(state, masks, about)
 
@@ -351,18 +360,20 @@ def apply_masks(source: str, state: dict, masks: dict | None, prunable: dict[str
     weights = [state[n] for n in prunable.values()]
     zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
     if masks is None and zeros > total / 100:
-        runs.warn(f"{source}: {zeros} of {total} weights are 0 and no mask holds them (--mask)")
+        runs.warn(
+            f"{source}: {zeros} of {total} prunable weights are zero, but no mask keeps them so"
+        )
     cut = 0
     for layer, mask in (masks or {}).items():
         w = state[prunable[layer]]
         cut += int((w[~mask] != 0).sum())
         w[~mask] = 0
     if cut:
-        runs.warn(f"{source}: {cut} weights outside its mask are set to 0")
+        runs.warn(f"{source}: {cut} nonzero weights outside the mask were set to zero")
 
 
 def contents(value: Any) -> str:
-    kind, size = type(value).__name__, f" of {len(value)}" * hasattr(value, "__len__")
+    kind, size = type(value).__name__, f" of length {len(value)}" * hasattr(value, "__len__")
     keys = f" with {listed(map(str, value))}" if isinstance(value, dict) and value else ""
     return f"a {kind}{size}{keys}"
 
@@ -370,8 +381,8 @@ def contents(value: Any) -> str:
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-def is_mask(way: str) -> bool:
-    return "mask" in way.rpartition(".")[2].lower()
+def is_mask(where: str) -> bool:
+    return "mask" in where.rpartition(".")[2].lower()
 
 
 def mask_problem(mask: Tensor, shape: torch.Size | None) -> str:
@@ -379,30 +390,30 @@ def mask_problem(mask: Tensor, shape: torch.Size | None) -> str:
     if shape is not None and mask.shape != shape:
         return f"is {tuple(mask.shape)}, its weight {tuple(shape)}"
     good = mask.dtype == torch.bool or ((mask == 0) | (mask == 1)).all()
-    return "" if good else "is no mask: not all its values are 0 or 1"
+    return "" if good else "is not a mask: it has values other than 0 and 1"
 
 
 def masks_misfit(found: dict[str, Tensor], shapes: dict[str, torch.Size]) -> str:
     """What is wrong with tensors that should be the masks of all layers; "" if nothing is."""
     lacking = [n for n in shapes if n not in found]
     if len(lacking) == len(shapes):
-        return f"holds no masks of this network: it has {listed(found)}, not {listed(shapes)}"
+        return f"has no mask of this network: it has {listed(found)}, not {listed(shapes)}"
     if lacking:
-        return f"holds no mask of {listed(lacking)}"
+        return f"has no mask for {listed(lacking)}"
     for name, mask in found.items():
         if problem := mask_problem(mask, shapes.get(name)):
             return f"{name} {problem}"
         if name not in shapes and not mask.bool().all():
-            return f"holds a mask of {name}, which is not pruned here"
+            return f"has a mask for {name}, which is not prunable"
     return ""
 
 
 def choose_masks(source: str, dicts: list, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Masks (bool) by layer, from dicts that have them by layer or weight; see `masks_misfit`."""
     found = []
-    for way, tensors in dicts:
+    for where, tensors in dicts:
         layers = {re.sub(r"(^|\.)weight$", "", pruned_name(k)): t for k, t in tensors.items()}
-        found += groups(way, layers, shapes)
+        found += groups(where, layers, shapes)
     fitting = [g for g in found if not masks_misfit(g.tensors, shapes)]
     if not fitting:
         best = max(found, key=lambda g: len(g.tensors.keys() & shapes.keys()))
@@ -417,16 +428,16 @@ def read_mask(path: Path, shapes: dict[str, torch.Size], source: str = "") -> di
     source = source or str(path)
     content, _ = load(path, source, NPZ)
     dicts, chosen = list(dicts_of_tensors(content)), []
-    for way, tensors in dicts:  # beside buffers, a weight that has none is dense
+    for where, tensors in dicts:  # beside buffers, a weight that has none is dense
         names = [k for k in tensors if k.endswith("mask")]
         ones = {k: torch.ones(t.shape, dtype=torch.bool) for k, t in tensors.items()}
-        chosen += [(way, ones | {k: tensors[k] for k in names})] * bool(names)
+        chosen += [(where, ones | {k: tensors[k] for k in names})] * bool(names)
     chosen = [d for d in dicts if is_mask(d[0])] or chosen or dicts
     if not chosen:
-        raise UserError(f"{source} holds no mask (found: {contents(content)})")
+        raise UserError(f"{source} contains no mask (found {contents(content)})")
     masks = choose_masks(source, chosen, shapes)
     if dead := [layer for layer, mask in masks.items() if not mask.any()]:
-        raise UserError(f"{source} prunes every weight of {listed(dead)}: no signal passes there")
+        raise UserError(f"{source} prunes every weight of {listed(dead)}")
     return masks
 
 
@@ -435,7 +446,7 @@ def read_mask(path: Path, shapes: dict[str, torch.Size], source: str = "") -> di
 
 def read_array(path: Path, source: str, kind: str, wanted: str) -> np.ndarray:
     if kind != NPY:
-        raise UserError(f"{source} is {kind}; wanted is {wanted}")
+        raise UserError(f"{source} is {kind}; expected {wanted}")
     try:
         array = runs.read_npy(path)
     except UserError as e:
@@ -452,29 +463,31 @@ def read_indices(path: Path, n: int, source: str = "") -> np.ndarray:
         words = [line.split("#")[0].strip() for line in lines]
         for number, word in enumerate(words, 1):
             if word and not re.fullmatch(r"[+-]?[0-9]{1,18}", word):
-                problem = f"line {number} is {word[:40]!r}, not one whole number"
+                problem = f"line {number} is {word[:40]!r}, not an integer"
                 raise UserError(f'{source}: {problem} (np.savetxt needs fmt="%d")')
         values = np.array([int(word) for word in words if word], np.int64)
     else:
         values = read_array(path, source, kind, "an .npy, or text with one index a line")
     if values.ndim != 1:
-        raise UserError(f"{source} is an array of shape {values.shape}, wanted is (M,)")
+        raise UserError(f"{source} is an array of shape {values.shape}, expected (M,)")
     if values.dtype == bool:
         if len(values) != n:
-            raise UserError(f"{source} is a mask of {len(values)} examples, there are {n}")
+            raise UserError(
+                f"{source} is a boolean mask of length {len(values)}, but there are {n} examples"
+            )
         values = np.flatnonzero(values)
     if values.dtype.kind not in "iu":
-        raise UserError(f"{source} is {values.dtype}: indices are whole numbers (int64)")
+        raise UserError(f"{source} is {values.dtype}, expected integers")
     if not len(values):
-        raise UserError(f"{source} holds no index")
+        raise UserError(f"{source} contains no indices")
     if values.min() < 0 or values.max() >= n:
         bad = values[(values < 0) | (values >= n)][0]
-        raise UserError(f"{source} has the index {bad}; examples are numbered from 0 to {n - 1}")
+        raise UserError(f"{source} contains index {bad}; valid indices are 0 to {n - 1}")
     unique, counts = np.unique(values, return_counts=True)
     if len(unique) < len(values):
-        hint = ": save a mask as bool" if len(values) == n and unique[-1] <= 1 else ""
-        repeated = f"{unique[counts.argmax()]} {counts.max()} times"
-        raise UserError(f"{source} has the index {repeated}{hint}")
+        hint = ": a mask must be saved as bool" if len(values) == n and unique[-1] <= 1 else ""
+        repeated = f"index {unique[counts.argmax()]} {counts.max()} times"
+        raise UserError(f"{source} contains {repeated}{hint}")
     return unique.astype(np.int64)
 
 
@@ -484,13 +497,14 @@ def check_scores_file(path: Path, n: int, source: str = "") -> np.ndarray:
     scores = read_array(path, source, kind, "an .npy with a score for each example")
     whole = scores.dtype.kind in "iu" and scores.ndim == 1
     if scores.dtype.kind not in "fiu" or scores.shape != (n,):
-        hint = "; indices are handed in as --indices" if whole else ""
-        raise UserError(f"{source} is {scores.dtype} {scores.shape}, there are {n} examples{hint}")
+        hint = "; pass indices with --indices" if whole else ""
+        expected = f"expected one score for each of {n} examples{hint}"
+        raise UserError(f"{source} is {scores.dtype} {scores.shape}, {expected}")
     if np.isnan(scores).any():
         raise UserError(f"{source}: example {np.isnan(scores).argmax()} has no score (NaN)")
     if whole and n > 1 and np.array_equal(np.sort(scores), np.arange(n)):
-        problem = f"is a permutation ({scores.dtype}), as argsort gives: wanted are the scores"
-        raise UserError(f"{source} {problem}; save ranks as float32")
+        problem = f"is a permutation ({scores.dtype}), like the result of argsort; expected scores"
+        raise UserError(f"{source} {problem} (save ranks as float32)")
     return scores
 
 
@@ -502,19 +516,19 @@ def load_function(spec: str, source: str = "--model") -> tuple[Callable, Path]:
 
     The file is run once for each content, as a module under a private name, which stays in
     sys.modules: what it defines can be pickled and copied. While it runs, its folder is first on
-    sys.path. Its bytes are compiled here, so that no stale .pyc stands for an edited file.
+    sys.path. Its bytes are compiled here, so that an edited file never runs from a stale .pyc.
     """
     source = f"{source} {spec}"
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name.isidentifier():
-        raise UserError(f"{source}: wanted is FILE.py:FUNCTION")
+        raise UserError(f"{source}: expected FILE.py:FUNCTION")
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{source}: {file} {problem}")
     code = path.read_bytes()
     digest = hashlib.sha256(bytes(path) + b"\0" + code).hexdigest()[:16]
-    module = sys.modules.get(f"handed_in_{digest}") or run_file(path, code, digest, source)
+    module = sys.modules.get(f"inputs_{digest}") or run_file(path, code, digest, source)
     value = getattr(module, name, None)
     if isinstance(value, nn.Module) or not callable(value):
         found = {k: v for k, v in vars(module).items() if callable(v) and k[0] != "_"}
@@ -522,20 +536,24 @@ def load_function(spec: str, source: str = "--model") -> tuple[Callable, Path]:
         own = [k for k, v in found.items() if getattr(v, "__module__", "") == module.__name__]
         close = difflib.get_close_matches(name, found, 1)
         hint = f"; did you mean {close[0]}?" if close and close != [name] else ""
-        has = f"it has {listed(own, 6)}" if own else "it has no function"
-        problem = f"{name} is a {type(value).__name__}" if name in vars(module) else f"no {name}"
-        raise UserError(f"{source}: {problem}, wanted is a function; {has}{hint}")
+        has = f"the file defines {listed(own, 6)}" if own else "the file defines none"
+        problem = (
+            f"{name} is a {type(value).__name__}, not a function"
+            if name in vars(module)
+            else f"no function {name}"
+        )
+        raise UserError(f"{source}: {problem}; {has}{hint}")
     return value, path
 
 
 def run_file(path: Path, code: bytes, digest: str, source: str) -> types.ModuleType:
     """A file as a module; UserError, with the line, for whatever it raises."""
-    module = types.ModuleType(f"handed_in_{digest}")
+    module = types.ModuleType(f"inputs_{digest}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # before it runs: dataclasses look for it there
     sys.path.insert(0, str(path.parent))
     try:
-        exec(compile(code, str(path), "exec"), vars(module))
+        exec(compile(code, str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as e:
         del sys.modules[module.__name__]
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
@@ -543,11 +561,6 @@ def run_file(path: Path, code: bytes, digest: str, source: str) -> types.ModuleT
         where = f"line {lines[-1]}: " if lines and lines[-1] else ""
         raise UserError(f"{source}: {where}{type(e).__name__}: {one_line(e)}") from e
     finally:
-        sys.path.remove(str(path.parent))
+        with contextlib.suppress(ValueError):  # the file may have removed it
+            sys.path.remove(str(path.parent))
     return module
-
-
-def step_of(path: Path, replicate: int) -> int:
-    """The step that one of our pretrained.pt was trained to."""
-    file = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
-    return runs.read_tensors(file)["step"]

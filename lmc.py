@@ -40,7 +40,6 @@ import torch
 
 import common
 import engine
-import inputs
 import options
 import runs
 from common import Study
@@ -413,7 +412,7 @@ def plan(s: Settings) -> list[options.Planned]:
     if s.between:  # nothing is trained
         return [options.Planned(options.run_folder(s, "lmc", "between"), 0, False, 0)]
     found = []
-    for t in s.rewind or (inputs.step_of(s.parent, s.replicate[0]),):
+    for t in s.rewind or (common.step_of(s.parent, s.replicate[0]),):
         one = at_spawn(s, t)
         folder = options.run_folder(one, "lmc", name_of(one, t))
         steps = t * (not s.parent) + s.children * (s.steps - t)

@@ -21,8 +21,6 @@ import torch
 import runs
 from runs import UserError, one_line, warn
 
-HERE = Path(__file__).resolve().parent
-
 # ---- data: what options.py needs of it to choose a preset ----------------------------------------
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -126,7 +124,7 @@ FOLDER_RULES = 3  # increased whenever the same files decode to other arrays
 def load_arrays(
     dataset: str, folder: Path, resize: int | None = None, quiet: bool = False
 ) -> Arrays:
-    """`digits`, `cifar10`, `cifar100`, `cinic10`, a folder of images or an .npz file.
+    """`cifar10`, `cifar100`, `cinic10`, a folder of images or an .npz file.
 
     A folder holds train/CLASS/* and test/CLASS/*; val/, valid/ or validation/ join train/. An .npz
     holds train_images, train_labels, test_images, test_labels and perhaps classes. Downloads and
@@ -135,8 +133,6 @@ def load_arrays(
     something is missing, unreadable or ambiguous, by name.
     """
     path = Path(dataset).expanduser()
-    if dataset == "digits":
-        return resized(load_digits(folder), resize)
     if dataset in CIFAR:
         make = functools.partial(fetch_cifar, dataset, folder, resize)
         return cached(folder, dataset, (CIFAR[dataset][2], resize), make)
@@ -155,7 +151,7 @@ def load_arrays(
         known = (FOLDER_RULES, resize, inside)
         return cached(folder, path.resolve().name, known, lambda: decode(files, resize, quiet))
     if path.is_file() and path.suffix.lower() == ".npz":
-        values = read_npz(path)
+        values = runs.read_npz(path)
         if unused := [k for k in values if k not in Arrays._fields]:
             warn(f"{printable(path)}: {', '.join(unused)} not used")
         return resized(as_arrays(values, printable(path)), resize)
@@ -163,28 +159,6 @@ def load_arrays(
     hint = f" (did you mean {close[0]}?)" if close and not path.exists() else ""
     known = f"none of {', '.join(NAMES)}, no folder of images and no .npz file"
     raise UserError(f"--dataset {printable(dataset)}: {known}{hint}")
-
-
-def describe(arrays: Arrays, name: str) -> str:
-    """One line: "digits: 1,437 training and 360 test images of 8x8x1, 10 classes"."""
-    train, test, shape = len(arrays[0]), len(arrays[2]), "x".join(map(str, arrays[0].shape[1:]))
-    classes = f"{len(arrays.classes)} class{'es' * (len(arrays.classes) > 1)}"
-    return f"{printable(name)}: {train:,} training and {test:,} test images of {shape}, {classes}"
-
-
-def normalisation(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) float64 scale and shift: pixel * scale + shift has mean 0 and deviation 1 in each
-    channel of (N, H, W, C) uint8. Sums through histograms are exact: equal bits on every machine.
-    """
-    counts = np.zeros((images.shape[3], 256), np.int64)
-    for first in range(0, len(images), 500):  # a whole channel at once would be copied as int64
-        for channel, count in enumerate(counts):
-            values = torch.from_numpy(images[first : first + 500, ..., channel].ravel())
-            count += torch.bincount(values, minlength=256).numpy()
-    value, total = np.arange(256), counts.sum(1)
-    mean = counts @ value / total
-    deviation = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 1e-12))
-    return 1 / deviation, -mean / deviation
 
 
 def printable(text: Any) -> str:
@@ -348,28 +322,7 @@ def item_pixels(image: Any) -> tuple[np.ndarray, dict[str, int]]:
     return to_bytes(pixels), {}
 
 
-def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Arrays of an .npz (all, or those named), whose zip checksums are verified; nothing is
-    unpickled. UserError where it is damaged or lacks one."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            return {n: f[n] for n in names or f.files}
-    except MemoryError:
-        raise
-    except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
-        raise UserError(f"{printable(path)} is damaged, or no .npz ({one_line(e)})") from e
-
-
 # ---- data: made once and kept --------------------------------------------------------------------
-
-
-def load_digits(folder: Path) -> Arrays:
-    """UCI optdigits: 1,797 handwritten 8x8 digits; the last 360, by other writers, are the test."""
-    path = next((p for p in (folder / "digits.npz", HERE / "data/digits.npz") if p.exists()), None)
-    if path is None:
-        raise UserError(f"no {folder / 'digits.npz'}: copy the project's there, or give --dataset")
-    images, labels = read_npz(path, "images", "labels").values()
-    return as_arrays((images[:-360], labels[:-360], images[-360:], labels[-360:]), str(path))
 
 
 def cached(
@@ -381,7 +334,7 @@ def cached(
     cache = folder / f"{name}-{stamp}.npz"
 
     def read() -> tuple[Arrays, list[str]]:
-        values = read_npz(cache)
+        values = runs.read_npz(cache)
         return as_arrays(values, printable(cache)), values.get("remarks", np.array([])).tolist()
 
     made = None
@@ -419,10 +372,11 @@ def keep(cache: Path, arrays: Arrays, remarks: list[str]) -> None:
         warn(f"{problem}: they will be decoded at each start")
 
 
-def resized(arrays: Arrays, size: int | None) -> Arrays:
+def resized(arrays: tuple, size: int | None) -> Arrays:
     """The images `size` pixels high and wide; the same pixels as when files are decoded so."""
     if not size:
         return arrays
+    arrays = Arrays(*arrays)
     if arrays.train_images.shape[3] not in (1, 3):
         raise UserError(f"--resize: images of {arrays.train_images.shape[3]} channels")
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -149,12 +150,14 @@ class Settings:
     presets: ClassVar[dict[str, Preset]] = PRESETS
 
     dataset: str = option(
-        "digits, cifar10, cifar100, cinic10, a folder of train/CLASS/* and test/CLASS/*, or an .npz",
+        "digits, cifar10, cifar100, cinic10, a folder with train/CLASS and test/CLASS, or an .npz",
         "digits",
-        lambda text: os.path.expanduser(text),
+        os.path.expanduser,
         **DATA,
     )
-    preset: str = option("whose settings to take; a folder's by the size of its images", **DATA)
+    preset: str = option(
+        "whose settings to take; a folder's by the size of its images", parse=str, **DATA
+    )
     data_dir: Path = option("where data are kept", Path("data"), path, **DATA)
     resize: int = option(
         "side in pixels that a folder's images are resized to; 0: none",
@@ -371,11 +374,21 @@ def preset_of(dataset: str, resize: int) -> str:
     """Of a name in PRESETS its own; of other data cifar10's for 32x32 images, else digits'."""
     if dataset in PRESETS:
         return dataset
-    return "cifar10" if (resize or peek_side(dataset)) == 32 else "digits"
+    return preset_by_size((resize, resize) if resize else optional("loading").peek_size(dataset))
 
 
-def peek_side(dataset: str) -> int:
-    return 32
+def preset_by_size(size: tuple[int, int] | None) -> str:
+    return "cifar10" if size == (32, 32) else "digits"
+
+
+def optional(name: str) -> Any:
+    """A module of the project that only some commands need, so that a stage runs without it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name != name:
+            raise
+        raise UserError(f"this needs {name}.py beside {Path(__file__).name}: copy it too") from e
 
 
 # ---- the command line and the function call ------------------------------------------------------
@@ -431,11 +444,7 @@ def fields_of(kind: type) -> list[dataclasses.Field]:
     own: dict[str, dataclasses.Field] = {}
     named = {f.name: f for f in dataclasses.fields(kind)}
     for c in kind.__mro__:
-        own |= {
-            k: named[k]
-            for k in c.__dict__.get("__annotations__", ())
-            if k in named and k not in own
-        }
+        own |= {k: named[k] for k in inspect.get_annotations(c) if k in named and k not in own}
     return list(own.values())
 
 
@@ -468,7 +477,7 @@ def preset_table(presets: dict[str, Preset]) -> str:
 class HandedIn(NamedTuple):
     """What a function call may hand in beside flags."""
 
-    data: Any = None  # arrays or data sets, see `common.as_arrays`
+    data: Any = None  # what `loading.as_arrays` gives
     model: Callable | None = None  # called with channels and classes
     on_log: Callable[[dict], None] | None = None  # called with each row of log.csv
 
@@ -483,13 +492,19 @@ def as_function(main: Callable, flags: Callable[[], SettingsParser], example: st
 
     def call(**settings: Any) -> Any:
         model = settings.pop("model") if callable(settings.get("model")) else None
-        handed_in = HandedIn(settings.pop("data", None), model, settings.pop("on_log", None))
+        data, on_log = settings.pop("data", None), settings.pop("on_log", None)
+        if data is not None:
+            data = optional("loading").as_arrays(data)
+            settings = {"dataset": "data", **settings}
+            if settings["dataset"] not in parser.kind.presets:
+                settings = {"preset": preset_by_size(data[0].shape[1:3]), **settings}
+        handed_in = HandedIn(data, model, on_log)
         with runs.signals:
             return main(parser.parse_args(as_words(parser, settings)), handed_in)
 
     fields = fields_of(parser.kind)
     lines = [example, "", *(f"{f.name}: {f.metadata['help']}" for f in fields)]
-    lines += ["data: arrays or data sets to use instead of --dataset, which then names them"]
+    lines += ["data: arrays or data sets, see loading.as_arrays; `dataset` is their name then"]
     lines += ["model: also a function of channels and classes that gives a module"]
     lines += ["on_log: called with each row of log.csv as a dict"]
     call.__doc__ = "\n".join([(main.__doc__ or "").strip(), "", *lines])

@@ -297,6 +297,18 @@ def read_npy(path: Path) -> np.ndarray:
     return array
 
 
+def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an .npz (all, or those named), whose zip checksums are verified; nothing is
+    unpickled. UserError where it is damaged or lacks one."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return {n: f[n] for n in names or f.files}
+    except MemoryError:
+        raise
+    except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
+        raise UserError(f"{path} is damaged, or no .npz ({one_line(e)})") from e
+
+
 def unless_damaged(read: Callable[[], Any]) -> Any:
     """What `read` gives; None, with a line on stderr, for a file that can be regenerated."""
     try:

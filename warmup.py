@@ -10,8 +10,9 @@ Figure 6: final accuracy against warmup length, on easy, random and hard subsets
     python warmup.py --dataset cifar10 --subset easy --size 5120 --warmup 0,400,1600 --replicate 0-7
 
 Writes results/warmup/<data>-<model>/<subset>-warmup<t>/rep<k>/: warm.pt (the state after phase
-1), subset.npy, log.csv, result.json. Divergence (a loss that is not finite) and chance accuracy at the end are
-outcomes, not errors. `--subset easy --offset K --size M` warms up on a window of the ranking.
+1), subset.npy, log.csv, result.json. Divergence (a loss that is not finite) and chance accuracy at
+the end are outcomes, not errors. `--subset easy --offset K --size M` warms up on a window of the
+ranking.
 
 Sharpness is the largest (algebraic) eigenvalue of the Hessian of the mean training loss, over all
 parameters, on --sharpness-sample training images with their true labels, unaugmented, drawn once
