@@ -742,7 +742,8 @@ def is_ranked(s: Settings) -> bool:
 
 def needs_el2n(s: Settings) -> bool:
     """Whether EL2N scores of the stage's settings are used."""
-    return is_ranked(s) and not getattr(s, "scores", None)
+    ranked = is_ranked(s) or getattr(s, "always_scored", False)
+    return ranked and not getattr(s, "scores", None)
 
 
 def rank(study: Study) -> Study:

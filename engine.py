@@ -371,7 +371,9 @@ class Networks:
 
     def arrange(self, images: Tensor) -> Tensor:
         """(N, C, H, W), channels-last, in the memory layout that the modules take."""
-        return images if self.channels_last else images.contiguous()
+        # A clone, since images of one channel count as contiguous with either order of strides.
+        contiguous = torch.contiguous_format
+        return images if self.channels_last else images.clone(memory_format=contiguous)
 
     @property
     def rows(self) -> int:

@@ -16,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import loading
 import runs
-from loading import as_arrays, describe, load_arrays, normalisation, peek_size
+from common import load_digits, normalisation
+from loading import as_arrays, load_arrays, peek_size, resized
 from runs import UserError
 
+DATA = common.options.HERE / "data"
 DRAW = np.random.default_rng(0)
 
 
@@ -93,15 +96,13 @@ def test_a_folder_gives_its_images_in_the_order_of_classes_and_names(folder):
     expected = np.stack([opened(root / f"{p}.png") for p in paths])[..., None]
     assert np.array_equal(a.train_images, expected) and a.train_images.flags.c_contiguous
     assert np.array_equal(a.test_images[1, ..., 0], opened(root / "test/dog/1.png"))
-    assert describe(a, "pictures") == "pictures: 4 training and 2 test images of 4x4x1, 2 classes"
     assert peek_size(str(root)) == (4, 4)
 
 
-def test_counts_are_written_with_separators():
-    images, labels = np.zeros((1437, 8, 8, 1), np.uint8), np.zeros(1437, np.int64)
-    a = loading.Arrays(images, labels, images[:360], labels[:360], list("0123456789"))
+def test_counts_and_sizes_are_told():
+    data = common.load_data(common.Settings.complete({}), torch.device("cpu"))
     line = "digits: 1,437 training and 360 test images of 8x8x1, 10 classes"
-    assert describe(a, "digits") == line
+    assert common.describe_data(data) == line
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
@@ -364,8 +365,8 @@ def test_resize(folder):
         with Image.open(root / f"train/cat/{name}.png") as image:
             expected = image.resize((3, 3), Image.Resampling.BILINEAR).convert("RGB")
         assert np.array_equal(a.train_images[k], np.asarray(expected))
-    small = load_arrays("digits", loading.HERE / "data", 4)
-    first = Image.fromarray(load_arrays("digits", loading.HERE / "data").train_images[0, ..., 0])
+    small = resized(load_digits(DATA), 4)
+    first = Image.fromarray(load_digits(DATA)[0][0, ..., 0])
     expected = np.asarray(first.resize((4, 4), Image.Resampling.BILINEAR))
     assert np.array_equal(small.train_images[0, ..., 0], expected)
     assert small.test_images.shape == (360, 4, 4, 1)
@@ -433,7 +434,7 @@ def test_two_processes_decode_once(folder, monkeypatch):
 def test_a_data_folder_that_can_only_be_read(folder):
     """A folder that is read-only, or whose lock belongs to somebody else; with arrays and without.
     Where the tests run as root, without the rights that root has over permissions."""
-    root, line = folder(), "it: 4 training and 2 test images of 4x4x1, 2 classes"
+    root, line = folder(), "(4, 4, 4, 1)"
     kept = [root.parent / "closed", root.parent / "open"]
     for cache, mode in zip(kept, (0o555, 0o755), strict=True):
         load_arrays(str(root), cache, quiet=True)
@@ -446,11 +447,11 @@ def test_a_data_folder_that_can_only_be_read(folder):
     (foreign / ".pictures.lock").touch(0o444)
     caches = [str(c) for c in (*kept, bare, bare / "below", foreign)]
     code = f"""
-import sys; sys.path.insert(0, {str(loading.HERE)!r})
+import sys; sys.path.insert(0, {str(DATA.parent)!r})
 from pathlib import Path
 import loading
 for cache in {caches!r}:
-    print(loading.describe(loading.load_arrays({str(root)!r}, Path(cache), quiet=True), "it"))"""
+    print(loading.load_arrays({str(root)!r}, Path(cache), quiet=True).train_images.shape)"""
     rights = "--bounding-set=-dac_override,-dac_read_search,-fowner"
     words = ["setpriv", rights, "--inh-caps=-all"] if os.getuid() == 0 else []
     done = subprocess.run([*words, sys.executable, "-c", code], capture_output=True, text=True)
@@ -529,7 +530,7 @@ def test_cifar_as_its_makers_ship_it(cifar, name, tmp_path):
         if path.suffix != ".npz" and path.is_file():
             path.unlink()
     code = f"""
-import sys; sys.path.insert(0, {str(loading.HERE)!r})
+import sys; sys.path.insert(0, {str(DATA.parent)!r})
 from pathlib import Path
 import loading, runs
 a = loading.load_arrays({name!r}, Path({str(tmp_path / "data")!r}))
@@ -630,17 +631,17 @@ def test_cinic10_from_its_archive(folder, tmp_path, monkeypatch, no_network):
 
 
 def test_digits(tmp_path):
-    a = load_arrays("digits", tmp_path)  # not there: the project's
-    with np.load(loading.HERE / "data/digits.npz") as f:
+    a = loading.Arrays(*load_digits(tmp_path))  # not there: the project's
+    with np.load(DATA / "digits.npz") as f:
         images, labels = f["images"], f["labels"]
     assert np.array_equal(np.concatenate([a.train_images, a.test_images])[..., 0], images)
     assert np.array_equal(np.concatenate([a.train_labels, a.test_labels]), labels)
     assert len(a.test_labels) == 360 and a.classes == list("0123456789")
     np.savez(tmp_path / "digits.npz", images=images[::-1], labels=labels[::-1])  # one's own
-    assert np.array_equal(load_arrays("digits", tmp_path).train_images[0, ..., 0], images[-1])
-    (tmp_path / "digits.npz").write_bytes((loading.HERE / "data/digits.npz").read_bytes()[:-30])
+    assert np.array_equal(load_digits(tmp_path)[0][0, ..., 0], images[-1])
+    (tmp_path / "digits.npz").write_bytes((DATA / "digits.npz").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"digits\.npz is damaged"):
-        load_arrays("digits", tmp_path)
+        load_digits(tmp_path)
 
 
 def four(n=6, m=3, shape=(4, 4, 3), classes=3):
