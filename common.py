@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +25,7 @@ import engine
 import options
 import runs
 from engine import Data, Networks, Stream, Training, batch_norm_relu, generator
-from engine import are_compiled as are_compiled  # for notebooks: is csrc in use?
+from engine import are_compiled as are_compiled  # for notebooks
 from options import PRESETS, HandedIn, Settings, optional
 from runs import Run, UserError, fingerprint, one_line, skip, warn
 
@@ -91,14 +90,11 @@ class ResNet(nn.Module):
 def load_data(s: Settings, device: torch.device, handed_in: Any = None) -> Data:
     """The data of --dataset, or those of a function call, on the device. UserError where something
     is missing, unreadable or of another size, by name."""
-    if handed_in is not None:
-        arrays = optional("loading").resized(handed_in, s.resize)
-    elif s.dataset != "digits":
+    if handed_in is None and s.dataset != "digits":
         arrays = optional("loading").load_arrays(s.dataset, s.data_dir, s.resize, s.quiet)
     else:
-        arrays = load_digits(s.data_dir)
-        if s.resize:
-            arrays = optional("loading").resized(arrays, s.resize)
+        arrays = load_digits(s.data_dir) if handed_in is None else handed_in
+        arrays = optional("loading").resized(arrays, s.resize) if s.resize else arrays
     *arrays, classes = arrays
     return Data(
         options.data_name(s.dataset),
@@ -111,10 +107,8 @@ def load_data(s: Settings, device: torch.device, handed_in: Any = None) -> Data:
 
 def load_digits(folder: Path) -> tuple:
     """UCI optdigits: 1,797 handwritten 8x8 digits; the last 360, by other writers, are the test."""
-    places = folder / "digits.npz", options.HERE / "data/digits.npz"
-    path = next((p for p in places if p.exists()), None)
-    if path is None:
-        raise UserError(f"no {places[0]}: copy the project's there, or give --dataset")
+    path = folder / "digits.npz"
+    path = path if path.exists() else options.HERE / "data/digits.npz"
     images, labels = runs.read_npz(path, "images", "labels").values()
     images, labels = images[..., None], labels.astype(np.int64)
     return images[:-360], labels[:-360], images[-360:], labels[-360:], [str(c) for c in range(10)]
@@ -181,8 +175,7 @@ class Study:
         linear weights, BatchNorm scales U[0, 1) and shifts 0, as the authors' code has it; any
         other module initialises itself, from the replicate's stream."""
         s = self.settings
-        with seeded(s.seed, replicate):
-            model = self.model.build()
+        model = seeded(s.seed, replicate, self.model.build)
         if isinstance(model, ResNet):
             initialise_resnet(model, generator(s.seed, "init", replicate))
         return model.state_dict()
@@ -196,27 +189,17 @@ class Study:
     ) -> Stream:
         """What a row of a replicate trains on: all training data unless `indices` and `labels` say
         otherwise. Children of one replicate differ in data order and augmentation, nothing else."""
-        seed, data = self.settings.seed, self.data
-        return Stream(
-            data.train_labels if labels is None else labels,
-            torch.arange(len(data.train_labels), device=self.device)
-            if indices is None
-            else indices,
-            engine.philox_key(seed, "order", replicate, child),
-            engine.philox_key(seed, "augment", replicate, child),
+        labels = self.data.train_labels if labels is None else labels
+        everything = torch.arange(len(labels), device=self.device)
+        keys = (
+            engine.philox_key(self.settings.seed, purpose, replicate, child)
+            for purpose in ("order", "augment")
         )
+        return Stream(labels, everything if indices is None else indices, *keys)
 
-    def training(
-        self,
-        networks: Networks,
-        streams: list[Stream],
-        start: int,
-        stop: int,
-        lr_at: Callable[[int], float],
-        at: frozenset[int] = frozenset(),
-    ) -> Training:
-        step = self.settings.step
-        return Training(step, self.data, networks, streams, start, stop, lr_at, at)
+    def training(self, networks: Networks, streams: list[Stream], *span: Any) -> Training:
+        """`span` is the first step, the last, the rate by step, and steps to report at."""
+        return Training(self.settings.step, self.data, networks, streams, *span)
 
     def folder(self, stage: str, name: str) -> Path:
         return options.run_folder(self.settings, stage, name, self.model.name)
@@ -225,17 +208,15 @@ class Study:
         """What a run's numbers depend on: config.json holds it, and a run in the same folder that
         differs in it is refused. `keys` are settings of the stage."""
         s = self.settings
-        shared = ("depth", "width", "steps", "batch_size", "lr", "momentum", "weight_decay")
-        shared += ("milestones", "pad", "flip", "seed", "precision", "fast", "name")
-        values = {k: getattr(s, k) for k in (*shared, *keys)}
+        values = {k: getattr(s, k) for k in (*options.COMPARED, *keys)}
         if "subset" in keys:
-            ranked = is_ranked(s)
+            ranked = options.is_ranked(s)
             values |= {"size": s.size} if s.subset != "all" else {}
             values |= {"offset": s.offset, "balance": s.balance} if ranked else {}
             values["scores"] = fingerprint(self.scores) if ranked else None
             values["indices"] = fingerprint(self.indices) if s.subset == "indices" else None
-        data = {"dataset": self.data.name, "data": self.data.fingerprint}
-        return {**data, "model": self.model.name, **values}
+        made_from = {"dataset": self.data.name, "data": self.data.fingerprint}
+        return made_from | {"model": self.model.name} | values
 
     @contextlib.contextmanager
     def runs(
@@ -244,28 +225,19 @@ class Study:
         name: str,
         settings: dict,
         replicates: Iterable[int | None],
-        code: dict[str, str] | None = None,
         each: dict[int, dict] | None = None,
     ) -> Iterator[list[Run]]:
         """The run directories of all replicates (None: of a stage without), created or resumed, and
         locked until the end; `each` has settings that differ by replicate."""
         s, folder = self.settings, self.folder(stage, name)
-        here = options.environment(self.device, s.step.graph)
-        origin = {"model": self.model.about, "code": self.code if code is None else code}
+        here = options.environment(self.device, s.step)
+        origin = {"model": self.model.about, "code": self.code}
+        shared = origin, self.about, here, s.fresh, functools.partial(options.compare_origin, s)
         with contextlib.ExitStack() as held:
             opened = []
             for r in replicates:
-                place = folder if r is None else folder / f"rep{r}"
-                run = Run(
-                    place,
-                    r,
-                    settings | {"replicate": r} | (each or {}).get(r, {}),
-                    origin,
-                    self.about,
-                    here,
-                    s.fresh,
-                    functools.partial(options.compare_origin, s),
-                )
+                own = settings | {"replicate": r} | (each or {}).get(r, {})
+                run = Run(folder if r is None else folder / f"rep{r}", r, own, *shared)
                 run.on_log = self.on_log
                 opened.append(run)
                 held.enter_context(run.held)
@@ -277,29 +249,26 @@ def make_model(s: Settings, data: Data) -> nn.Module:
     return ResNet(s.depth, s.width, data.train_images.shape[3], len(data.classes))
 
 
-def initialise_resnet(model: "ResNet", draw: np.random.Generator) -> None:
+@torch.no_grad()
+def initialise_resnet(model: ResNet, draw: np.random.Generator) -> None:
     for m in model.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             fan_in = m.weight[0].numel()
-            assign(m.weight, draw.standard_normal(m.weight.shape) * math.sqrt(2 / fan_in))
+            values = draw.standard_normal(m.weight.shape) * math.sqrt(2 / fan_in)
+            m.weight.copy_(torch.from_numpy(values))
             if m.bias is not None:
-                assign(m.bias, draw.uniform(-1, 1, m.bias.shape) / math.sqrt(fan_in))
+                values = draw.uniform(-1, 1, m.bias.shape) / math.sqrt(fan_in)
+                m.bias.copy_(torch.from_numpy(values))
         elif isinstance(m, nn.BatchNorm2d) and m.affine:
-            assign(m.weight, draw.uniform(0, 1, m.weight.shape))
-            assign(m.bias, np.zeros(m.bias.shape))
+            m.weight.copy_(torch.from_numpy(draw.uniform(0, 1, m.weight.shape)))
+            m.bias.zero_()
 
 
-@torch.no_grad()
-def assign(tensor: Tensor, value: np.ndarray) -> None:
-    tensor.copy_(torch.from_numpy(value))
-
-
-@contextlib.contextmanager
-def seeded(seed: int, replicate: int) -> Iterator[None]:
-    """torch's generator at the start of a replicate's stream, and as it was after."""
+def seeded(seed: int, replicate: int, make: Callable[[], Any]) -> Any:
+    """What `make` gives when torch's generator stands at the start of a replicate's stream."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(engine.seeds(seed, "init", replicate).generate_state(1)[0]))
-        yield
+        return make()
 
 
 # ---- which examples a row trains on --------------------------------------------------------------
@@ -351,50 +320,7 @@ def choose_subset(study: Study, labels: Tensor, replicate: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen)).to(labels.device)
 
 
-def subset_name(s: options.Subset) -> str:
-    """easy3200, easy3200+1000 (an offset), hard512balanced, indices-mine, all."""
-    if s.subset == "indices":
-        return f"indices-{s.indices.stem}"
-    if s.subset == "all":
-        return "all"
-    offset = f"+{s.offset}" if s.offset else ""
-    name = f"{s.subset}{s.size}{offset}" + "balanced" * s.balance
-    if s.subset == "random" or not s.scores:
-        return name
-    by = score_name(s.scores)
-    return name if by == "el2n" else f"{name}-{by}"
-
-
 # ---- scores --------------------------------------------------------------------------------------
-
-SCORE_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "pad", "flip")
-SCORE_KEYS += ("networks", "score_step")
-
-
-def scoring(s: options.Scoring) -> options.Scoring:
-    """The settings under which a stage's EL2N scores are made: its own, but Table 1's where the
-    stage as such departs from it, as warmup does."""
-    table1 = vars(PRESETS[s.preset])
-    values = {f.name: getattr(s, f.name) for f in dataclasses.fields(options.Scoring)}
-    departs = {k: v for k, v in table1.items() if k in values and getattr(s.usual, k) != v}
-    return options.Scoring(**{**values, **departs})
-
-
-def el2n_name(s: options.Scoring) -> str:
-    """The folder of EL2N scores; what they do not depend on is not in its name."""
-    return options.run_name(s, "el2n", keys=SCORE_KEYS)
-
-
-def score_name(path: Path) -> str:
-    """el2n, forgetting, lmc800 (of children spawned at step 800); before they are made, the same
-    from the folder that a stage will write them to."""
-    stage, folder = path.absolute().parts[-4:-3], path.absolute().parent.name
-    if path.with_suffix(".json").exists():
-        about = runs.read_json(path.with_suffix(".json"), "metric")
-        return f"{about['metric']}{about.get('rewind', '')}"
-    if stage == ("lmc",) and (spawned := re.search(r"-rewind(\d+)", folder)):
-        return f"lmc{spawned[1]}"
-    return folder.split("-")[0] if stage == ("el2n",) else path.stem
 
 
 def reliability(each: np.ndarray, size: int, labels: np.ndarray) -> dict[str, float]:
@@ -427,7 +353,7 @@ def save_scores(folder: Path, each: np.ndarray, labels: Tensor, study: Study, **
     scores, y = each.mean(0, dtype=np.float64).astype(np.float32), labels.cpu().numpy()
     if not np.isfinite(scores).all():
         raise UserError(f"scores are not finite: lower --lr ({s.lr:g})")
-    by_class = {c: float(scores[y == k].mean()) for k, c in enumerate(data.classes)}
+    by_class = {data.classes[k]: float(scores[y == k].mean()) for k in np.unique(y)}
     size = min(PRESETS[s.preset].size, len(y) // 2)
     about |= {
         "data": data.fingerprint,
@@ -435,7 +361,7 @@ def save_scores(folder: Path, each: np.ndarray, labels: Tensor, study: Study, **
         "label_noise": [s.label_noise, s.seed if s.label_noise else 0],
         "sha256_of_scores": fingerprint(scores),
         "reliability": reliability(each, size, y) if len(each) > 1 else None,
-        "classes_from_easy_to_hard": sorted(data.classes, key=by_class.get),
+        "classes_from_easy_to_hard": sorted(by_class, key=by_class.get),
         "mean_by_class": by_class,
     }
     runs.write_array(folder / "scores.npy", scores)
@@ -449,13 +375,12 @@ def make_scores(
     score: Callable[[Training, Run], Tensor],
     milestones: tuple[int, ...] = (),
     count_events: Callable[[Training], None] = lambda t: None,
-    code: dict[str, str] | None = None,
 ) -> Path:
     """Scores by `settings["metric"]`, made in the run folder `name` unless they are there; their
     path. The K networks of Definition 2.1 train side by side for --score-step steps, and
     `score(training, run)` gives theirs (K, N)."""
     s, data = study.settings, study.data
-    with study.runs("el2n", name, settings, [None], code) as [run]:
+    with study.runs("el2n", name, settings, [None]) as [run]:
         path = run.folder / "scores.npy"
         if run.result is None or not run.has("scores.npy") or not run.has("scores.json"):
             labels = noisy_labels(data, s.label_noise, s.seed)
@@ -485,31 +410,27 @@ def describe_scores(about: dict[str, Any]) -> str:
     """One line on scores.json: what the scores are, and how far they can be trusted."""
     line = f"{about['metric']} scores: mean of {about['networks']} networks"
     if known := about["reliability"]:
-        r, shared, chance = (
-            known[k] for k in ("spearman_brown", "shared_by_halves", "shared_by_chance")
-        )
+        r, shared = known["spearman_brown"], known["shared_by_halves"]
         line += f", reliability {r:.2f} (Spearman-Brown); halves share {shared:.0%} of the easiest"
-        line += f" {known['easiest']} ({chance:.0%} by chance)"
-        if r < 0.7:
-            line += "; mostly noise: raise --networks or --score-step"
+        line += f" {known['easiest']} ({known['shared_by_chance']:.0%} by chance)"
+        line += "; mostly noise: raise --networks or --score-step" * (r < 0.7)
     return f"{line}; classes from easy to hard: {' '.join(about['classes_from_easy_to_hard'])}"
 
 
 def make_el2n(study: Study, fresh: bool = False) -> Path:
     """EL2N scores (Definition 2.1, Appendix A), made unless they are there; their path. UserError
     where those that are there were made by another model, other code or other settings."""
-    s = scoring(study.settings)
-    study = dataclasses.replace(study, settings=dataclasses.replace(s, fresh=fresh))
-    settings = study.describe("networks", "score_step", "label_noise") | {"metric": "el2n"}
-    del settings["steps"], settings["milestones"]  # networks early in training: no matter how long
+    s = options.scoring(study.settings)
     code = {k: v for k, v in study.code.items() if k != "stage"}  # any stage may make them
+    study = dataclasses.replace(study, settings=dataclasses.replace(s, fresh=fresh), code=code)
+    settings = study.describe("networks", "score_step", "label_noise") | {"metric": "el2n"}
+    for k in ("steps", "milestones", "precision"):  # early in training; in either precision
+        del settings[k]
 
     def score(t: Training, run: Run) -> Tensor:
-        return engine.evaluate(
-            t.networks, study.data, study.data.train_images, t.streams[0].labels
-        )[2]
+        return engine.evaluate(t.networks, t.data, t.data.train_images, t.streams[0].labels)[2]
 
-    return make_scores(study, el2n_name(s), settings, score, code=code)
+    return make_scores(study, options.el2n_name(s), settings, score)
 
 
 def read_scores(study: Study) -> np.ndarray:
@@ -548,39 +469,33 @@ def structure(module: nn.Module) -> str:
         (name, type(m).__name__, {k: str(getattr(m, k)) for k in LAYERS if hasattr(m, k)})
         for name, m in module.named_modules()
     ]
-    shapes = [(k, list(v.shape)) for k, v in module.state_dict().items()]
-    return fingerprint([parts, shapes])
+    return fingerprint([parts, [(k, list(v.shape)) for k, v in module.state_dict().items()]])
 
 
 def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
     """The model that a study trains: --model, the one of a function call, or `make_model`. It is
     tried on a batch; UserError, in one line, for one that rows of matrices cannot keep exact."""
     shape = data.train_images.shape[3], len(data.classes)
-    make, file, called = functools.partial(make_model, s, data), None, ""
+    make, code, called = functools.partial(make_model, s, data), None, ""
     if handed_in.model:
         make, called = functools.partial(handed_in.model, *shape), handed_in.model.__name__
-        with contextlib.suppress(OSError, TypeError):
-            file = fingerprint(inspect.getsource(handed_in.model))
+        with contextlib.suppress(OSError, TypeError):  # no source at hand
+            code = fingerprint(inspect.getsource(handed_in.model))
     elif s.model:
-        function, source = optional("inputs").load_function(s.model)
-        make, called, file = (
-            functools.partial(function, *shape),
-            function.__name__,
-            options.code_hash(source),
-        )
-    source = f"--model {s.model or called or 'make_model'}"
+        function, file = optional("inputs").load_function(s.model)
+        make, called = functools.partial(function, *shape), function.__name__
+        code = options.code_hash(file)
     try:
-        with seeded(s.seed, 0):
-            module = make()
-    except Exception as e:  # whatever a function of the user's may raise
-        raise UserError(f"{source}: {type(e).__name__}: {one_line(e)}") from e
-    if not isinstance(module, nn.Module):
-        raise UserError(f"{source}: gives a {type(module).__name__}, not a torch module")
+        module = seeded(s.seed, 0, make)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"gives a {type(module).__name__}, not a torch module")
+        channels_last, unused = try_model(module, s, data)
+    except Exception as e:  # whatever a function or a module of the user's may raise
+        problem = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
+        raise UserError(f"--model {s.model or called or 'make_model'}: {problem}") from e
     resnet = isinstance(module, ResNet)
-    if resnet and not called:
-        called = options.model_name(s)
+    called = called or (options.model_name(s) if resnet else "")
     name = (called if called.isidentifier() else type(module).__name__).lower()
-    channels_last, unused = try_model(source, module, s, data)
 
     def build() -> nn.Module:
         module = make()
@@ -589,8 +504,7 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
                 p.requires_grad_(False)
         return module
 
-    with seeded(s.seed, 0):
-        module = build()
+    module = seeded(s.seed, 0, build)
     if resnet:
         initialise_resnet(module, generator(s.seed, "init"))
     parameters, prunable = dict(module.named_parameters()), engine.prunable_parameters(module)
@@ -603,79 +517,66 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
         "untrained": [k for k in parameters if k not in trained],
         "structure": structure(module),
         "weights": fingerprint(engine.on_cpu(module.state_dict())),
-        "code": file,
+        "code": code,
     }
     return Model(name, build, channels_last, about)
 
 
-def try_model(source: str, module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[str]]:
+def try_model(module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[str]]:
     """Trains a module on one batch, as rows do; whether it takes channels-last images, and its
-    parameters without a gradient. UserError for what would not be exact or not work."""
+    parameters without a gradient. ValueError for what would not be exact or not work."""
     for name, t in [*module.named_parameters(), *module.named_buffers()]:
-        if isinstance(t, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
-            raise UserError(f"{source}: {name} has no shape yet: lazy modules are not supported")
+        if nn.parameter.is_lazy(t):
+            raise ValueError(f"{name} has no shape yet: lazy modules are not supported")
         if t.is_floating_point() and t.dtype != torch.float32:
-            raise UserError(
-                f"{source}: {name} is {t.dtype}: parameters and buffers must be float32"
-            )
+            raise ValueError(f"{name} is {t.dtype}: parameters and buffers must be float32")
     for name, m in module.named_modules():
         if isinstance(m, engine.NORMS) and m.momentum is None:
-            problem = f"{name}: BatchNorm with momentum=None counts its batches: give one"
-            raise UserError(f"{source}: {problem}")
-    pixels = data.train_images[: min(s.batch_size, 2)]
-    x = engine.normalise(data, pixels).cpu()
-    labels = data.train_labels[: len(x)].cpu()
+            raise ValueError(f"{name}: BatchNorm with momentum=None counts its batches: give one")
+    x = engine.normalise(data, data.train_images[: min(s.batch_size, 2)]).cpu()
+    batch = x, data.train_labels[: len(x)].cpu(), len(data.classes)
     try:
-        return True, unused_parameters(source, module, x, labels, True, s, len(data.classes))
+        return True, unused_parameters(module, *batch, True, s.precision == "bf16")
     except RuntimeError as first:  # `view` of a channels-last tensor, say
-        try:
-            return False, unused_parameters(source, module, x, labels, False, s, len(data.classes))
-        except RuntimeError:
-            raise UserError(f"{source}: {type(first).__name__}: {one_line(first)}") from first
+        with contextlib.suppress(RuntimeError):
+            return False, unused_parameters(module, *batch, False, s.precision == "bf16")
+        raise first
 
 
-def unused_parameters(source, module, x, labels, channels_last, s, classes) -> list[str]:
+def unused_parameters(
+    module: nn.Module, x: Tensor, labels: Tensor, classes: int, channels_last: bool, bf16: bool
+) -> list[str]:
     """The trained parameters of a module that the loss of a batch does not depend on."""
     networks = Networks(module, 1, torch.device("cpu"), channels_last)
     networks.load(0, module.state_dict())
-    bf16 = s.precision == "bf16"
     [tried] = networks.bf16_modules() if bf16 else networks.modules
-    random, fixed = (
-        [],
-        {k: b.clone() for k, b in tried.named_buffers() if not b.is_floating_point()},
-    )
+    counts = {k: b.clone() for k, b in tried.named_buffers() if not b.is_floating_point()}
     with torch.random.fork_rng(devices=[]):
-        state = torch.get_rng_state()
+        before, random = torch.get_rng_state(), []
 
         def note(part: nn.Module, inputs: Any, output: Any, name: str) -> None:
-            if not torch.equal(torch.get_rng_state(), state):
+            if not torch.equal(torch.get_rng_state(), before):
                 random.append(f"{name or 'the module'} ({type(part).__name__})")
 
         for name, part in tried.named_modules():
             part.register_forward_hook(functools.partial(note, name=name))
-        try:
-            logits = tried.train()(networks.arrange(x.bfloat16() if bf16 else x))
-        except RuntimeError:
-            raise
-        except Exception as e:  # whatever a module of the user's may raise
-            raise UserError(f"{source}: {type(e).__name__}: {one_line(e)}") from e
+        images = networks.arrange(x.bfloat16() if bf16 else x)
+        logits, again = (tried.train()(images) for _ in range(2))
     if random:
-        problem = f"{random[0]} uses randomness in forward(), so exact resume is not supported"
-        raise UserError(f"{source}: {problem}")
+        problem = "uses randomness in forward(), so exact resume is not supported"
+        raise ValueError(f"{random[0]} {problem}")
     for k, b in tried.named_buffers():
-        if k in fixed and not torch.equal(b, fixed[k]):
-            raise UserError(
-                f"{source}: {k} ({b.dtype}) changes in forward(): buffers must be float32"
-            )
-    if not isinstance(logits, Tensor):
-        problem = f"gives a {type(logits).__name__}, not one tensor of logits (N, {classes})"
-        raise UserError(f"{source}: {problem}")
-    if logits.shape != (len(x), classes):
-        problem = f"gives {tuple(logits.shape)} for {len(x)} images of {classes} classes"
-        raise UserError(f"{source}: {problem}")
+        if k in counts and not torch.equal(b, counts[k]):
+            raise ValueError(f"{k} ({b.dtype}) changes in forward(): buffers must be float32")
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if given != (len(x), classes):
+        problem = f"for {len(x)} images of {classes} classes, not logits ({len(x)}, {classes})"
+        raise ValueError(f"gives {given} {problem}")
+    if not torch.equal(logits.nan_to_num(), again.nan_to_num()):
+        raise ValueError("gives other logits for the same images at a second call")
     trained = {k: p for k, p in tried.named_parameters() if p.requires_grad}
     if not trained or not logits.requires_grad:
-        raise UserError(f"{source}: its logits depend on no parameter that is trained")
+        raise ValueError("its logits depend on no parameter that is trained")
     loss = F.cross_entropy(logits.float(), labels)
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return [k for k, g in zip(trained, gradients, strict=True) if g is None]
@@ -688,22 +589,16 @@ def check_data(s: Settings, data: Data) -> None:
         raise UserError(f"--batch-size {s.batch_size}: {data.name} has {n} training images")
     if getattr(s, "size", None):
         if s.size < s.batch_size:
-            problem = f"smaller than a batch (--batch-size {s.batch_size})"
-            raise UserError(f"--size {s.size}: {problem}")
+            raise UserError(f"--size {s.size}: fewer than a batch (--batch-size {s.batch_size})")
         if s.offset + s.size > n:
             window = f"--size {s.size}" + f" from --offset {s.offset}" * bool(s.offset)
             raise UserError(f"{window}: {data.name} has {n} training images")
 
 
-def prepare(
-    s: Settings,
-    stage: str | Path,
-    handed_in: HandedIn = options.NOTHING,
-    check: Callable[[Any, Data], None] = lambda s, data: None,
-) -> Study:
+def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHING) -> Study:
     """Loads the data, tries the model, refuses what cannot work, before anything is trained.
-    `stage` is the file of the stage; `check` is its own."""
-    device = engine.find_device(s.device)
+    `stage` is the file of the stage."""
+    device = options.find_device(s.device)
     cuda = device.type == "cuda"
     if s.engine == "graph" and not cuda:
         raise UserError(f"--engine graph needs a CUDA device, not {device}")
@@ -713,62 +608,40 @@ def prepare(
     auto = {k: v for k, v in auto.items() if getattr(s, k) == "auto"}
     s = dataclasses.replace(s, device=str(device), fast=s.fast and cuda, **auto)
     engine.set_numerics(s.precision == "bf16", s.fast)
-    try:
-        s.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {s.out}: {e.strerror}") from e
     data = load_data(s, device, handed_in.data)
     check_data(s, data)
-    check(s, data)
     model = find_model(s, data, handed_in)
     about = {"data": describe_data(data), "model": describe_model(model)}
     about |= {"scale": data.scale.tolist(), "shift": data.shift.tolist()}
-    study = Study(
-        s, data, model, options.code_identity(Path(stage).resolve()), about, on_log=handed_in.on_log
-    )
+    code = options.code_identity(Path(stage).resolve())
+    study = Study(s, data, model, code, about, on_log=handed_in.on_log)
     if getattr(s, "indices", None):
         indices = optional("inputs").read_indices(s.indices, len(data.train_labels), "--indices")
         study = dataclasses.replace(study, indices=indices)
         if len(indices) < s.batch_size:
-            problem = f"{len(indices)} examples, fewer than a batch (--batch-size {s.batch_size})"
+            problem = f"{len(indices)}, fewer than a batch (--batch-size {s.batch_size})"
             raise UserError(f"--indices {s.indices}: {problem}")
     return study
 
 
-def is_ranked(s: Settings) -> bool:
-    """Whether the subset is an end of a ranking."""
-    return getattr(s, "subset", "all") in ("easy", "hard")
-
-
-def needs_el2n(s: Settings) -> bool:
-    """Whether EL2N scores of the stage's settings are used."""
-    ranked = is_ranked(s) or getattr(s, "always_scored", False)
-    return ranked and not getattr(s, "scores", None)
-
-
 def rank(study: Study) -> Study:
     """The study with the scores that its subset needs, made if they are missing."""
-    return (
-        dataclasses.replace(study, scores=read_scores(study))
-        if is_ranked(study.settings)
-        else study
-    )
+    if not options.is_ranked(study.settings):
+        return study
+    return dataclasses.replace(study, scores=read_scores(study))
 
 
 def describe_data(data: Data) -> str:
-    height, width, channels = data.train_images.shape[1:]
-    n, m = len(data.train_labels), len(data.test_labels)
-    size = f"{height}x{width}x{channels}"
-    return (
-        f"{data.name}: {n:,} training and {m:,} test images of {size}, {len(data.classes)} classes"
-    )
+    counts = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
+    size = "x".join(map(str, data.train_images.shape[1:]))
+    return f"{data.name}: {counts} of {size}, {len(data.classes)} classes"
 
 
 def describe_model(model: Model) -> str:
     about = model.about
     dense = about["dense"] + ["biases and norms"] * (about["prunable"] < about["parameters"])
     line = f"{about['name']}: {about['parameters']:,} parameters, {about['prunable']:,} prunable"
-    line += f" (left dense: {', '.join(dense)})" if dense else ""
+    line += f" (left dense: {', '.join(dense)})" * bool(dense)
     return line + f", not trained: {', '.join(about['untrained'])}" * bool(about["untrained"])
 
 
@@ -776,9 +649,9 @@ def announce(study: Study, *more: str) -> bool:
     """Prints the line that a stage starts with; whether it goes on (not with --dry-run)."""
     s, about = study.settings, study.about
     plan = f"preset {s.preset}, {s.steps} steps of {s.batch_size}, {s.precision} on {s.device}"
-    if needs_el2n(s):
-        made = scoring(s)
-        scores = options.run_folder(made, "el2n", el2n_name(made), study.model.name)
+    if options.needs_el2n(s):
+        made = options.scoring(s)
+        scores = options.run_folder(made, "el2n", options.el2n_name(made), study.model.name)
         if runs.finished_result(scores) is None:
             plan += f"; scores first: {made.networks} networks x {made.score_step} steps"
     if not s.quiet or s.dry_run:
@@ -816,11 +689,10 @@ def pretrain(
         training = study.training(networks, streams, 0, rewind, constant)
         observe = track(training, part) or (lambda step: None)
         engine.fit(training, part, "pretrain", progress, observe)
-        test_accuracy, _ = engine.accuracy_and_loss(networks, data)
+        accuracies, _ = engine.accuracy_and_loss(networks, data)
         for r, run in enumerate(part):
-            diverged = networks.diverged[r].item()
-            known = {"diverged": diverged, "seconds": run.seconds}
-            known["test_accuracy"] = test_accuracy[r] if diverged < 0 else None
+            known = {"diverged": networks.diverged[r].item(), "seconds": run.seconds}
+            known["test_accuracy"] = accuracies[r] if known["diverged"] < 0 else None
             known["tracked"] = {k: v[r].cpu().clone() for k, v in training.extra.items()}
             run.save("pretrained.pt", start_from(networks.state(r), data, rewind, **known))
     for run in group:
@@ -846,11 +718,6 @@ def start_from(
     return {**state, "fingerprint": fingerprint(state), **about, **more}
 
 
-def load_start(networks: Networks, row: int, start: dict[str, Any]) -> None:
-    """Row `row` becomes w_tr, under its mask if it has one, without velocity."""
-    networks.load(row, start["model"], start.get("mask"))
-
-
 def adopt(run: Run, start: dict[str, Any]) -> None:
     """Takes another's w_tr as the run's own; UserError if it has a different one."""
     mine = run.load("pretrained.pt")
@@ -873,25 +740,25 @@ def read_starts(
     UserError where one does not fit the data, the model, the step or the others."""
     s, data, starts = study.settings, study.data, {}
     for replicate in replicates:
-        file = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
+        file = start_file(path, replicate)
         source = f"{flag} {file}"
         networks = study.networks(1)
         network = read_network(study, file, source)
         about = network.about
-        step = about.get("step", rewind)
+        step, problem = about.get("step", rewind), ""
         if step is None:
-            raise UserError(f"{source}: give --rewind, the step it was trained to")
-        if about.get("data", data.fingerprint) != data.fingerprint:
-            raise UserError(f"{source}: made from other data than {data.name}")
-        if rewind not in (None, step):
-            raise UserError(f"--rewind {rewind}: {file} was trained for {step} steps")
-        if about.get("diverged", -1) >= 0:
-            raise UserError(f"{source}: diverged at step {about['diverged']}")
-        if step >= s.steps:
-            raise UserError(f"{source}: trained to step {step} of --steps {s.steps}")
-        masks = network.masks
-        if mask:
-            masks = read_mask(mask, networks)
+            problem = "give --rewind, the step it was trained to"
+        elif about.get("data", data.fingerprint) != data.fingerprint:
+            problem = f"made from other data than {data.name}"
+        elif rewind not in (None, step):
+            problem = f"trained for {step} steps, not --rewind {rewind}"
+        elif about.get("diverged", -1) >= 0:
+            problem = f"diverged at step {about['diverged']}"
+        elif step >= s.steps:
+            problem = f"trained to step {step} of --steps {s.steps}"
+        if problem:
+            raise UserError(f"{source}: {problem}")
+        masks = read_mask(mask, networks) if mask else network.masks
         networks.load(0, network.state, masks)
         accuracy = about.get("test_accuracy") if not mask else None
         if accuracy is None:
@@ -901,10 +768,14 @@ def read_starts(
     return starts
 
 
+def start_file(path: Path, replicate: int) -> Path:
+    """What holds w_tr of a replicate: of a folder its rep<k>/pretrained.pt."""
+    return path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
+
+
 def step_of(path: Path, replicate: int) -> int:
     """The step that one of our pretrained.pt was trained to."""
-    file = path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
-    return runs.read_tensors(file)["step"]
+    return runs.read_tensors(start_file(path, replicate))["step"]
 
 
 def read_mask(path: Path, networks: Networks) -> dict[str, Tensor]:
@@ -927,12 +798,3 @@ def chance_accuracy(data: Data) -> float:
     most frequent class, and two standard errors."""
     n, share = len(data.test_labels), data.test_labels.bincount().max().item()
     return share / n + 2 * math.sqrt(share / n * (1 - share / n) / n)
-
-
-def report(s: Settings, finished: list[Run]) -> None:
-    """Prints where the results are; UserError, now that all is done, for runs that ended early."""
-    for run in finished if not s.quiet else ():
-        runs.say(str(run.folder / "result.json"))
-    ended = [(run.replicate, run.result["ended"]) for run in finished if run.result["ended"]]
-    if ended:
-        raise UserError("; ".join(f"replicate {r}: {why}" for r, why in ended))

@@ -76,7 +76,7 @@ def score_forgetting(training: engine.Training, run: runs.Run) -> torch.Tensor:
 
 def name_of(s: Settings) -> str:
     """The folder of the scores below OUT/el2n/<data>-<model>/."""
-    return common.el2n_name(s) if s.metric == "el2n" else options.run_name(s, "forgetting")
+    return options.el2n_name(s) if s.metric == "el2n" else options.run_name(s, "forgetting")
 
 
 def plan(s: Settings) -> list[options.Planned]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import runs
-from runs import Run, UserError, one_line, signals, warn
+from runs import Run, one_line, signals, warn
 
 # ---- randomness ----------------------------------------------------------------------------------
 
@@ -789,20 +789,6 @@ def side_by_side(group: list[Run], phase: str) -> list[list[Run]]:
 
 
 # ---- the device ----------------------------------------------------------------------------------
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU if there is one. UserError if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs go to the current one
-        torch.zeros(1, device=device).item()  # the device "meta" has no values
-        return device
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: {one_line(e)}") from e
 
 
 def set_numerics(bf16: bool, fast: bool) -> None:

@@ -129,7 +129,7 @@ def level_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
     given a mask."""
     if level == 0:
         start = run.load("pretrained.pt")
-        common.load_start(scratch, 0, start)
+        scratch.load(0, start["model"], start.get("mask"))
         given = study.settings.mask
         return read_mask(study, scratch) if given and "mask" not in start else scratch.mask[0]
     load_level(scratch, run.load(f"level{level - 1:02d}.pt"))
@@ -190,7 +190,7 @@ def train_level(study: Study, first: int, group: list[Run], level: int, progress
         return
     networks = study.networks(len(pairs))
     for r, (run, mask) in enumerate(pairs):
-        common.load_start(networks, r, run.load("pretrained.pt"))
+        networks.load(r, run.load("pretrained.pt")["model"])
         networks.set_mask(r, mask)
     streams = [study.stream(run.replicate) for run, _ in pairs]
     schedule = engine.step_schedule(s.lr, s.milestones)
@@ -290,7 +290,7 @@ def table(results: list[dict]) -> str:
 
 
 def name_of(s: Settings, control: str = "") -> str:
-    origin = f"init-{s.init.stem}" if s.init else common.subset_name(s)
+    origin = f"init-{s.init.stem}" if s.init else options.subset_name(s)
     masked = f"mask-{s.mask.stem}" if s.mask else ""
     return options.run_name(s, origin, f"rewind{s.rewind}", masked, control)
 
@@ -347,7 +347,7 @@ def search_levels(study: Study, starts: dict[int, dict], control: str) -> list[d
         complete = [r for r in results if not r["ended"]]
         if complete and not s.quiet:
             runs.say(table(complete))
-        common.report(s, group)
+        options.report(s, group)
     return results
 
 

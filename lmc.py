@@ -124,7 +124,7 @@ def train_children(study: Study, rewind: int, group: list[Run], progress) -> Non
     for i, run in enumerate(group):
         start = run.load("pretrained.pt")
         for c in range(k):
-            common.load_start(networks, i * k + c, start)
+            networks.load(i * k + c, start["model"], start.get("mask"))
             streams.append(study.stream(run.replicate, c))
     schedule = engine.step_schedule(s.lr, s.milestones)
     training = study.training(networks, streams, rewind, s.steps, schedule)
@@ -291,7 +291,7 @@ def at_spawn(s: Settings, rewind: int) -> Settings:
 
 def name_of(s: Settings, rewind: int) -> str:
     """Of one spawn point."""
-    origin = f"parent-{s.parent.stem}" if s.parent else common.subset_name(s)
+    origin = f"parent-{s.parent.stem}" if s.parent else options.subset_name(s)
     more = f"children{s.children}" if s.children != 3 else ""
     return options.run_name(s, origin, f"rewind{rewind}", more)
 
@@ -444,7 +444,7 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         pooled = [np.stack([arrays(run)[1] for run in group]) for group in complete]
         runs.say(histogram(steps, pooled))
     finished = [run for group in spawned for run in group]
-    common.report(s, finished)
+    options.report(s, finished)
     return [run.result for run in finished]
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 
 import runs
 from engine import StepSettings, are_compiled
-from runs import UserError
+from runs import UserError, one_line
 
 HERE = Path(__file__).resolve().parent
 VERSION = "3.0"
@@ -597,7 +598,21 @@ def compare_origin(s: Settings, before: dict, now: dict) -> str:
 REMEDIES = "--name TAG gives this variant a folder of its own, --fresh starts it over"
 
 
-def environment(device: torch.device, graph: bool) -> dict:
+def find_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU if there is one. UserError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs go to the current one
+        torch.zeros(1, device=device).item()  # the device "meta" has no values
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {one_line(e)}") from e
+
+
+def environment(device: torch.device, step: StepSettings) -> dict:
     """What the bits of a result depend on, beside settings and origin."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = ""
@@ -612,7 +627,8 @@ def environment(device: torch.device, graph: bool) -> dict:
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "threads": torch.get_num_threads(),
-        "engine": "graph" if graph else "eager",
+        "engine": "graph" if step.graph else "eager",
+        "precision": "bf16" if step.bf16 else "fp32",
         "csrc": are_compiled(),
     }
 
@@ -648,6 +664,8 @@ def run_folder(s: Settings, stage: str, name: str, model: str = "") -> Path:
     return s.out / stage / f"{data_name(s.dataset)}-{model or model_name(s)}" / name
 
 
+COMPARED = ("depth", "width", "steps", "batch_size", "lr", "momentum", "weight_decay", "milestones")
+COMPARED += ("pad", "flip", "seed", "precision", "fast", "name")  # of every stage, in config.json
 SHORT = {"steps": "steps", "milestones": "drops", "batch_size": "batch", "lr": "lr"}
 SHORT |= {"momentum": "momentum", "weight_decay": "decay", "pad": "pad", "flip": "flip"}
 SHORT |= {"pretrain_lr": "prelr", "networks": "networks", "score_step": "step"}
@@ -669,6 +687,61 @@ def run_name(s: Settings, *parts: str, keys: Iterable[str] = SHORT) -> str:
         words.append(f"noise{s.label_noise:g}")
     words += ["fast"] * s.fast + [f"seed{s.seed}"] * bool(s.seed)
     return "-".join(words + [s.name] * bool(s.name))
+
+
+def subset_name(s: Subset) -> str:
+    """easy3200, easy3200+1000 (an offset), hard512balanced, indices-mine, all."""
+    if s.subset == "indices":
+        return f"indices-{s.indices.stem}"
+    if s.subset == "all":
+        return "all"
+    offset = f"+{s.offset}" if s.offset else ""
+    name = f"{s.subset}{s.size}{offset}" + "balanced" * s.balance
+    if s.subset == "random" or not s.scores:
+        return name
+    by = score_name(s.scores)
+    return name if by == "el2n" else f"{name}-{by}"
+
+
+SCORE_KEYS = ("batch_size", "lr", "momentum", "weight_decay", "pad", "flip")
+SCORE_KEYS += ("networks", "score_step")
+
+
+def scoring(s: Scoring) -> Scoring:
+    """The settings under which a stage's EL2N scores are made: its own, but Table 1's where the
+    stage as such departs from it, as warmup does."""
+    table1 = vars(PRESETS[s.preset])
+    values = {f.name: getattr(s, f.name) for f in dataclasses.fields(Scoring)}
+    departs = {k: v for k, v in table1.items() if k in values and getattr(s.usual, k) != v}
+    return Scoring(**{**values, **departs})
+
+
+def el2n_name(s: Scoring) -> str:
+    """The folder of EL2N scores; what they do not depend on is not in its name."""
+    return run_name(s, "el2n", keys=SCORE_KEYS)
+
+
+def score_name(path: Path) -> str:
+    """el2n, forgetting, lmc800 (of children spawned at step 800); before they are made, the same
+    from the folder that a stage will write them to."""
+    stage, folder = path.absolute().parts[-4:-3], path.absolute().parent.name
+    if path.with_suffix(".json").exists():
+        about = runs.read_json(path.with_suffix(".json"), "metric")
+        return f"{about['metric']}{about.get('rewind', '')}"
+    if stage == ("lmc",) and (spawned := re.search(r"-rewind(\d+)", folder)):
+        return f"lmc{spawned[1]}"
+    return folder.split("-")[0] if stage == ("el2n",) else path.stem
+
+
+def is_ranked(s: Settings) -> bool:
+    """Whether the subset is an end of a ranking."""
+    return getattr(s, "subset", "all") in ("easy", "hard")
+
+
+def needs_el2n(s: Settings) -> bool:
+    """Whether EL2N scores of the stage's settings are used."""
+    ranked = is_ranked(s) or getattr(s, "always_scored", False)
+    return ranked and not getattr(s, "scores", None)
 
 
 class Planned(NamedTuple):
@@ -696,6 +769,15 @@ def mean_std(values: list[float], digits: int = 4) -> str:
     """ "0.9132 ± 0.0021" (sample deviation), or the value alone."""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def report(s: Settings, finished: list[runs.Run]) -> None:
+    """Prints where the results are; UserError, now that all is done, for runs that ended early."""
+    for run in finished if not s.quiet else ():
+        runs.say(str(run.folder / "result.json"))
+    ended = [(run.replicate, run.result["ended"]) for run in finished if run.result["ended"]]
+    if ended:
+        raise UserError("; ".join(f"replicate {r}: {why}" for r, why in ended))
 
 
 def record_release() -> None:

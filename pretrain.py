@@ -141,7 +141,7 @@ def name_of(s: Settings) -> str:
     size, balance = s.watched
     own = s.easy_size or s.easy_balance
     watched = f"easy{size}" + "balanced" * balance if own else ""
-    return options.run_name(s, common.subset_name(s), f"rewind{s.rewind}", watched)
+    return options.run_name(s, options.subset_name(s), f"rewind{s.rewind}", watched)
 
 
 def plan(s: Settings) -> list[options.Planned]:
@@ -155,7 +155,7 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
     after --dry-run."""
     study = common.prepare(s, __file__, handed_in)
     s, name = study.settings, name_of(s)
-    what = f"{s.rewind} steps on {common.subset_name(s)}"
+    what = f"{s.rewind} steps on {options.subset_name(s)}"
     if not common.announce(study, what, str(study.folder("pretrain", name))):
         return None
     study = common.rank(study)
@@ -174,7 +174,7 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         accuracies = [r["pretrain"]["test_accuracy"] for r in results if not r["ended"]]
         if accuracies and not s.quiet:
             runs.say(f"test accuracy at step {s.rewind}: {options.mean_std(accuracies)}")
-        common.report(s, group)
+        options.report(s, group)
     return results
 
 

@@ -300,6 +300,7 @@ def read_npy(path: Path) -> np.ndarray:
 def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
     """Arrays of an .npz (all, or those named), whose zip checksums are verified; nothing is
     unpickled. UserError where it is damaged or lacks one."""
+    check_file(path)
     try:
         with np.load(path, allow_pickle=False) as f:
             return {n: f[n] for n in names or f.files}
@@ -420,7 +421,7 @@ class Run:
         self.folder, self.replicate, self.seconds = folder, replicate or 0, 0.0
         self.ended: str | None = None
         self.on_log: Callable[[dict], Any] | None = None
-        self.saved = ""
+        self.saved, self.resumed = "", None
         self.rows = Log(folder / "log.csv")
         self.held = contextlib.ExitStack()
         # Scores are shared, so wait for who makes them; a run is not, so refuse.
@@ -522,7 +523,7 @@ class Run:
 
     def checkpoint(self, phase: str, step: int, state: dict[str, Any]) -> None:
         """Saves the state inside a phase; the one before is kept against damage."""
-        path = self.folder / "checkpoint.pt"
+        path, self.resumed = self.folder / "checkpoint.pt", None
         if path.exists():
             with naming(path):
                 os.replace(path, self.folder / "checkpoint-before.pt")
@@ -530,13 +531,16 @@ class Run:
         self.saved = f"{phase} step {step}"
 
     def resume(self, phase: str) -> dict[str, Any] | None:
-        """The last good checkpoint of a phase. Called before work begins, so it raises UserError
-        where the folder cannot be written."""
+        """The last good checkpoint of a phase, kept until the next is written or another phase is
+        asked for. Called before work begins, so it raises UserError where the folder cannot be
+        written."""
         self.check_writable()
+        if self.resumed and self.resumed["phase"] == phase:
+            return self.resumed
         for name in ("checkpoint.pt", "checkpoint-before.pt"):
             state = self.load(name, saved_as="checkpoint.pt")
             if state and state["phase"] == phase:
-                self.saved = f"{phase} step {state['step']}"
+                self.saved, self.resumed = f"{phase} step {state['step']}", state
                 return state
         return None
 

@@ -258,7 +258,7 @@ def at_length(s: Settings, length: int) -> Settings:
 
 def name_of(s: Settings, length: int) -> str:
     """Of one length of warmup."""
-    return options.run_name(s, common.subset_name(s), f"warmup{length}")
+    return options.run_name(s, options.subset_name(s), f"warmup{length}")
 
 
 def run_length(study: Study, length: int) -> list[Run]:
@@ -310,8 +310,9 @@ def plan(s: Settings) -> list[options.Planned]:
 def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dict] | None:
     """Trains with every warmup length, prints the table and the paths; returns the results, by
     length and replicate; None after --dry-run."""
-    study = common.prepare(s, __file__, handed_in, check_sample)
+    study = common.prepare(s, __file__, handed_in)
     s = study.settings
+    check_sample(s, study.data)
     folders = [study.folder("warmup", name_of(at_length(s, t), t)) for t in s.warmup]
     if not common.announce(study, ", ".join(map(str, folders))):
         return None
@@ -321,7 +322,7 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         finished, lengths[t] = finished + group, [run.result for run in group]
     if not s.quiet:
         runs.say(table(lengths))
-    common.report(s, finished)
+    options.report(s, finished)
     return [run.result for run in finished]
 
 
