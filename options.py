@@ -62,9 +62,7 @@ class Preset:
 
 
 PRESETS = {
-    "digits": Preset(
-        8, 64, 600, (300, 450), 0.1, 20, 256, 8, networks=4, score_step=60, pad=1, flip=False
-    ),
+    "digits": Preset(8, 64, 600, (300, 450), 0.1, 20, 256, 8, score_step=120, pad=1, flip=False),
     "cifar10": Preset(20, 128, 62400, (31200, 46800), 0.4, 200, 3200, 20),
     "cifar100": Preset(32, 128, 62400, (31200, 46800), 0.4, 400, 2048, 20),
     "cinic10": Preset(56, 256, 31250, (15625, 23440), 0.1, 400, 51200, 12, score_step=8000),
