@@ -510,6 +510,8 @@ def as_function(main: Callable, flags: Callable[[], SettingsParser], example: st
     keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     shown = [keyword(f.name, default=f.metadata["default"], annotation=f.type) for f in fields]
     shown += [keyword(name, default=None) for name in ("data", "on_log")]
+    call.__name__ = call.__qualname__ = example.split("(")[0]
+    call.__module__ = main.__module__
     call.__signature__ = inspect.Signature(shown)
     return call
 
