@@ -339,7 +339,7 @@ def reliability(each: np.ndarray, size: int, labels: np.ndarray) -> dict[str, fl
     r, shared = np.mean(found, 0)
     return {
         "split_half": float(r),
-        "spearman_brown": float(2 * r / (1 + r)),
+        "spearman_brown": float(2 * r / (1 + r) if r > 0 else r),
         "easiest": size,
         "shared_by_halves": float(shared),
         "shared_by_chance": size / each.shape[1],
@@ -584,15 +584,17 @@ def unused_parameters(
 
 def check_data(s: Settings, data: Data) -> None:
     """UserError for settings that do not go with the data."""
-    n = len(data.train_labels)
+    n, size = len(data.train_labels), getattr(s, "size", None)
+    have = f"{data.name} has {n} training images"
     if s.batch_size > n:
-        raise UserError(f"--batch-size {s.batch_size}: {data.name} has {n} training images")
-    if getattr(s, "size", None):
-        if s.size < s.batch_size:
-            raise UserError(f"--size {s.size}: fewer than a batch (--batch-size {s.batch_size})")
-        if s.offset + s.size > n:
-            window = f"--size {s.size}" + f" from --offset {s.offset}" * bool(s.offset)
-            raise UserError(f"{window}: {data.name} has {n} training images")
+        raise UserError(f"--batch-size {s.batch_size}: {have}")
+    if options.needs_el2n(s) and options.scoring(s).batch_size > n:
+        raise UserError(f"{have}, fewer than a batch of the networks of EL2N: give --scores")
+    if size and size < s.batch_size:
+        raise UserError(f"--size {size}: fewer than a batch (--batch-size {s.batch_size})")
+    if size and s.offset + size > n:
+        window = f"--size {size}" + f" from --offset {s.offset}" * bool(s.offset)
+        raise UserError(f"{window}: {have}")
 
 
 def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHING) -> Study:

@@ -852,3 +852,55 @@ def test_normalisation_has_the_bits_of_whole_histograms(shape):
 def test_normalisation_of_one_value():
     scale, shift = normalisation(np.full((2, 3, 3, 1), 9, np.uint8))
     assert scale == 1e6 and shift == -9e6
+
+
+# ---- through the stages --------------------------------------------------------------------------
+
+TINY = ("--depth", 8, "--width", 2, "--steps", 6, "--batch-size", 4, "--subset", "easy")
+TINY += ("--size", 4, "--networks", 2, "--score-step", 2)
+STAGES = {
+    "el2n": (*TINY[:8], *TINY[12:]),
+    "pretrain": (*TINY, "--rewind", 2, "--easy-size", 4),
+    "imp": (*TINY, "--rewind", 2, "--levels", 1),
+    "lmc": (*TINY, "--rewind", 2, "--children", 2),
+    "warmup": (
+        *TINY[:8],
+        "--subset",
+        "random",
+        "--size",
+        4,
+        "--warmup",
+        2,
+        "--sharpness-sample",
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100", "cinic10", "folder", "npz"])
+def test_every_stage_runs_on_every_kind_of_data(kind, cifar, folder, tmp_path, monkeypatch, stage):
+    data, dataset = tmp_path / "data", kind
+    if kind.startswith("cifar"):
+        cifar(kind)
+    else:
+        dataset = str(root := folder(size=(8, 8)))
+        arrays = load(root)
+    if kind == "npz":
+        np.savez(tmp_path / "own.npz", **arrays._asdict())
+        dataset = str(tmp_path / "own.npz")
+    elif kind == "cinic10":
+        data.mkdir()
+        with tarfile.open(data / "CINIC-10.tar.gz", "w:gz") as tar:
+            tar.add(root, ".")
+        md5 = hashlib.md5((data / "CINIC-10.tar.gz").read_bytes()).hexdigest()
+        monkeypatch.setitem(loading.CINIC10, "md5", md5)
+        dataset = kind
+    for name, flags in STAGES.items():
+        stage(name, "--dataset", dataset, "--data-dir", data, *flags)
+        [path] = (tmp_path / "results" / name).rglob("result.json")
+        found = load_arrays(dataset, data, quiet=True)
+        if not kind.startswith("cifar"):
+            same(found, arrays)
+        result = runs.read_json(path, "ended")
+        assert result["ended"] is None
+        assert result["config"]["settings"]["data"] == runs.fingerprint(*found[:4])
