@@ -336,12 +336,12 @@ def reliability(each: np.ndarray, size: int, labels: np.ndarray) -> dict[str, fl
         r = np.corrcoef(*(rankdata(x) for x in halves))[0, 1]
         first, second = (set(easiest(x, labels, False)[:size]) for x in halves)
         found.append((r, len(first & second) / size))
-    r, shared = np.mean(found, 0)
+    r, shared = np.mean(found, 0).tolist()
     return {
-        "split_half": float(r),
-        "spearman_brown": float(2 * r / (1 + r) if r > 0 else r),
+        "split_half": r,
+        "spearman_brown": 2 * r / (1 + r) if r > 0 else r,
         "easiest": size,
-        "shared_by_halves": float(shared),
+        "shared_by_halves": shared,
         "shared_by_chance": size / each.shape[1],
     }
 
@@ -435,10 +435,8 @@ def make_el2n(study: Study, fresh: bool = False) -> Path:
 
 def read_scores(study: Study) -> np.ndarray:
     """The scores of --scores (N,), checked against the data; EL2N, made if missing, without."""
-    s, data = study.settings, study.data
-    given = getattr(s, "scores", None)
+    s, data, given = study.settings, study.data, getattr(study.settings, "scores", None)
     path = given or make_el2n(study)
-    remedy = "" if given else ": el2n.py --fresh makes the scores again"
     n, noise = len(data.train_labels), [s.label_noise, s.seed if s.label_noise else 0]
     scores = optional("inputs").check_scores_file(path, n) if given else runs.read_npy(path)
     beside, problem = path.with_suffix(".json"), None
@@ -446,7 +444,8 @@ def read_scores(study: Study) -> np.ndarray:
         return scores
     about = runs.read_json(beside, "metric")
     if about.get("sha256_of_scores") != fingerprint(scores):
-        problem = f"damaged, its checksum in {beside.name} differs{remedy}"
+        problem = f"damaged, its checksum in {beside.name} differs"
+        problem += ": el2n.py --fresh makes the scores again" * (not given)
     elif about.get("data") != data.fingerprint:
         problem = f"made from other data than {data.name}"
     elif about.get("label_noise", noise) != noise:
@@ -687,8 +686,7 @@ def pretrain(
             indices = choose_subset(study, labels, run.replicate)
             runs.write_array(run.folder / "subset.npy", indices.cpu().numpy())
             streams.append(study.stream(run.replicate, 0, indices, labels))
-        constant = engine.step_schedule(s.pretrain_lr, ())
-        training = study.training(networks, streams, 0, rewind, constant)
+        training = study.training(networks, streams, 0, rewind, lambda step: s.pretrain_lr)
         observe = track(training, part) or (lambda step: None)
         engine.fit(training, part, "pretrain", progress, observe)
         accuracies, _ = engine.accuracy_and_loss(networks, data)
