@@ -61,9 +61,7 @@ def kind_of(path: Path, source: str) -> str:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.split("/")[-1] for name in archive.namelist()}
-        except (
-            Exception
-        ):  # zipfile has an exception for each kind of damage, torch.load will say so
+        except Exception:  # zipfile has one for each kind of damage; torch.load will say so
             return TORCH
         if "data.pkl" in names:
             return TORCHSCRIPT if "constants.pkl" in names else TORCH
@@ -356,7 +354,7 @@ def read_network(
 
 
 def apply_masks(source: str, state: dict, masks: dict | None, prunable: dict[str, str]) -> None:
-    """Weights outside the masks become zero, with a line; so do zeros without a mask get one."""
+    """Sets weights outside the masks to zero; warns of those, and of zeros that no mask keeps."""
     weights = [state[n] for n in prunable.values()]
     zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
     if masks is None and zeros > total / 100:
