@@ -8,32 +8,42 @@ training; one that no network got right at any presentation ranks behind all oth
     python el2n.py --dataset cifar10
     python el2n.py --dataset cifar10 --metric forgetting --networks 4
 
-Writes results/el2n/<data>-<network>/<metric>/: scores.npy (N,) float32 in the order of the training
-images; scores.json: data, settings, classes from easy to hard; for forgetting never_learned.npy
-(N,), the fraction of the networks that never got an example right. Other stages make the EL2N
-scores that they need and do not find.
+Writes results/el2n/<data>-<model>/<metric>/: scores.npy (N,) float32 in the order of the training
+images; scores.json: data, model, settings, how far the networks agree, classes from easy to hard;
+for forgetting never_learned.npy (N,), the fraction of the networks that never got an example right.
+Other stages make the EL2N scores that they need and do not find.
 """
 
-import argparse
-from pathlib import Path
+import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 
 import common
+import engine
+import options
 import runs
 
 
-def flags() -> runs.Parser:
-    parser = common.flags(__doc__, "noise")
-    add = parser.add_argument_group("scores").add_argument
-    add("--metric", choices=("el2n", "forgetting"), default="el2n", help="[el2n]")
-    add("--networks", type=runs.positive, help="K [preset]")
-    add("--score-step", type=runs.positive, help="steps before scoring [preset; forgetting: all]")
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(options.Scoring):
+    """Settings of el2n.py."""
+
+    metric: str = options.option("what is scored", "el2n", str, choices=("el2n", "forgetting"))
+
+    @classmethod
+    def check(cls, given: dict[str, Any], values: dict[str, Any]) -> None:
+        super().check(given, values)
+        if values["metric"] == "forgetting" and "score_step" not in given:
+            values["score_step"] = values["steps"]
 
 
-def count_forgetting(training: common.Training) -> None:
+def flags() -> options.SettingsParser:
+    return options.SettingsParser(Settings, __doc__)
+
+
+def count_forgetting(training: engine.Training) -> None:
     """Has a training count, per network and example (K, N), turns from right to wrong."""
     labels = training.streams[0].labels
     empty = torch.zeros(
@@ -57,49 +67,46 @@ def forgetting_scores(state: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.where(state["learned"], state["forgotten"], state["seen"].amax(1, keepdim=True))
 
 
-def score_forgetting(training: common.Training, run: runs.Run) -> torch.Tensor:
-    """(K, N) of the K networks; leaves never_learned.npy in the run."""
+def score_forgetting(training: engine.Training, run: runs.Run) -> torch.Tensor:
+    """(K, N) of the K networks; writes never_learned.npy."""
     never = 1 - training.extra["learned"].float().mean(0)
     runs.write_array(run.folder / "never_learned.npy", never.cpu().numpy())
     return forgetting_scores(training.extra)
 
 
-def run_name(args: argparse.Namespace) -> str:
-    """The folder of the scores below results/el2n/<data>-<network>/."""
-    if args.metric == "el2n":
-        return common.scores_path(args).parent.name
-    return common.run_name(args, "forgetting")
+def name_of(s: Settings) -> str:
+    """The folder of the scores below OUT/el2n/<data>-<model>/."""
+    return options.el2n_name(s) if s.metric == "el2n" else options.run_name(s, "forgetting")
 
 
-def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
-    """(folder, network-steps, done) of what the command makes; reads no data."""
-    to_the_end = args.metric == "forgetting" and args.score_step is None
-    common.fill(args)
-    args.score_step = args.steps if to_the_end else args.score_step
-    folder = common.run_folder(args, "el2n", run_name(args))
+def plan(s: Settings) -> list[options.Planned]:
+    """What the command makes; reads no data."""
+    folder = options.run_folder(s, "el2n", name_of(s))
     done = runs.finished_result(folder) is not None and (folder / "scores.npy").exists()
-    return [(folder, args.networks * args.score_step, done)]
+    return [options.Planned(folder, s.networks * s.score_step, done, 0)]
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Makes the scores unless they are there; returns scores.json."""
-    to_the_end = args.metric == "forgetting" and args.score_step is None
-    data = common.prepare(args)
-    if args.metric == "el2n":
-        path = common.make_el2n(args, data)
+def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> dict[str, Any] | None:
+    """Makes the scores unless they are there; returns scores.json, with `scores` (N,) and their
+    `path`; None after --dry-run."""
+    study = common.prepare(s, __file__, handed_in)
+    s = study.settings
+    making = f"{s.metric}: {s.networks} networks of {s.score_step} steps"
+    if not common.announce(study, making, str(study.folder("el2n", name_of(s)))):
+        return None
+    if s.metric == "el2n":
+        path = common.make_el2n(study, s.fresh)
     else:
-        args.score_step = args.steps if to_the_end else args.score_step
-        settings = common.settings_of(args, data, "metric", "networks", "score_step", "label_noise")
-        how = score_forgetting, args.milestones, count_forgetting
-        path = common.make_scores(args, data, run_name(args), settings, *how)
-    print(path)
-    return runs.read_json(path.with_suffix(".json"), "metric")
+        settings = study.describe("metric", "networks", "score_step", "label_noise")
+        how = score_forgetting, s.milestones, count_forgetting
+        path = common.make_scores(study, name_of(s), settings, *how)
+    about = runs.read_json(path.with_suffix(".json"), "metric")
+    if not s.quiet:
+        runs.say(f"{common.describe_scores(about)}\n{path}")
+    return about | {"scores": np.load(path), "path": path}
 
 
-def score(**settings: Any) -> dict[str, Any]:
-    """The command as a function: score(dataset="digits", metric="forgetting")."""
-    return runs.call(main, flags(), settings)
-
+score = options.as_function(main, flags, 'score(dataset="digits", metric="forgetting")')
 
 if __name__ == "__main__":
     runs.run_stage(main, flags())

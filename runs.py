@@ -1,82 +1,186 @@
-"""Run folders for long jobs: whole files, locks, resume, signals, one-line errors.
+"""Run folders for long jobs: atomic writes, locks, resume, signals, one-line errors.
 
-Knows no network and no data set. Whatever is written appears whole or not at all and is checked
-when it is read; a killed run goes on from its last checkpoint.
+Knows no network and no data set. Whatever is written is written atomically and checked when it is
+read; an interrupted run resumes from its last checkpoint.
 """
 
-import argparse
 import contextlib
 import csv
 import ctypes
-import fcntl
+import errno
+import fnmatch
+import functools
 import hashlib
 import io
 import json
-import math
 import os
 import platform
+import re
 import secrets
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("Windows has no fcntl, which run folders need: use WSL (or Linux, or macOS)")
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-FORMAT = 2  # of the files in a run folder; 1 held networks as rows without names
+FORMAT = 3  # of the files in a run folder; 2 had no identity (made_from) in config.json
+READABLE = (2, FORMAT)
+
+# What the stages write into a run folder, and so all that --fresh removes.
+OWN_FILES = """config.json result.json scores.json log.csv checkpoint.pt checkpoint-before.pt
+    pretrained.pt warm.pt child[0-9].pt child[0-9][0-9].pt
+    level[0-9][0-9].pt level[0-9][0-9][0-9].pt level[0-9][0-9][0-9][0-9].pt
+    subset.npy scores.npy never_learned.npy gradient_norm.npy coherence.npy projected_error.npy
+    loss_barrier.npy loss_barrier_pairs.npy error_barrier_pairs.npy"""
 
 
-class UserError(Exception):
+class OneLine:
+    """An exception that IPython and Jupyter show as its message, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class UserError(OneLine, Exception):
     """A mistake of the user's, or a disk that refuses: one line on stderr, exit status 2."""
 
 
 class FormatError(UserError):
-    """A file of another format, which must be neither read nor made again."""
+    """A file of another format, which must be neither read nor regenerated."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, after the run has saved itself; `number` is the signal."""
+class Interrupted(OneLine, KeyboardInterrupt):
+    """A signal (`number`) ended the run; the message says what is saved and how to resume. `at` is
+    where it ended, such as "level03 step 400 of 600"."""
 
-    def __init__(self, number: int):
-        super().__init__(f"signal {number}")
+    def __init__(self, number: int, at: str = ""):
         self.number = number
+        name = signal.Signals(number).name
+        super().__init__(f"interrupted by {name}{f' at {at}' if at else ''}; {what_is_saved()}")
 
 
 def one_line(e: BaseException | str) -> str:
     return " ".join(str(e).split())[:200] or type(e).__name__
 
 
+# ---- printing ------------------------------------------------------------------------------------
+
+
+def put(name: str, text: str) -> None:
+    """Writes to sys.stdout or sys.stderr without ever failing: what its encoding lacks is replaced,
+    and once nobody reads it (`imp.py | head`) or its disk is full, what follows is dropped."""
+    stream = getattr(sys, name)
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode(stream.encoding, "replace").decode(stream.encoding))
+        stream.flush()
+    except (OSError, ValueError, AttributeError):  # broken, closed, or None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # What is left in its buffer must not fail again when the interpreter exits.
+            number = stream.fileno()
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), number)
+
+
+def say(text: Any = "") -> None:
+    put("stdout", f"{text}\n")
+
+
 def warn(message: str) -> None:
-    print(message, file=sys.stderr)
+    put("stderr", f"{message}\n")
+
+
+class BarOutput:
+    """sys.stderr for tqdm: it never fails, and where it is no terminal it gets a line for each
+    state of the bar instead of carriage returns."""
+
+    def write(self, text: str) -> None:
+        lines = f"{text.strip()}\n" if text.strip() else ""
+        put("stderr", text if sys.stderr.isatty() else lines)
+
+    def flush(self) -> None:
+        put("stderr", "")
+
+    def __getattr__(self, name: str) -> Any:  # encoding, fileno: tqdm asks for them
+        return getattr(sys.stderr, name)
+
+
+def progress_bar(total: int, quiet: bool, unit: str = " steps", desc: str | None = None) -> tqdm:
+    """Counts over a whole command: rate, phase, time left. Where stderr is no terminal, at most a
+    line every half minute."""
+    quiet = quiet or not total or sys.stderr is None
+    widget = any(c.__name__ == "tqdm_notebook" for c in tqdm.__mro__)
+    how = {"dynamic_ncols": True}
+    if not quiet and not widget and not sys.stderr.isatty():
+        how = {"ncols": 100, "mininterval": 30, "maxinterval": 60}
+    out = BarOutput()
+    return tqdm(desc=desc, total=total, unit=unit, smoothing=0.02, file=out, disable=quiet, **how)
+
+
+def skip(progress: tqdm, steps: int) -> None:
+    """Steps that an earlier process took: done, but no measure of speed."""
+    if not progress.disable:
+        progress.initial += steps
+        progress.update(steps)
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """OSErrors inside name the file that the user knows, not a temporary one or none."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or one_line(e), str(path)) from e
+
+
 def write(path: Path, fill: Callable[[io.BufferedWriter], Any]) -> None:
-    """Writes a file so that it is there whole or not at all, also after a power cut."""
+    """Writes a file atomically: it is there whole or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            fill(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as e:  # name the file that the user knows, not the temporary one
-        raise OSError(e.errno, e.strerror or one_line(e), str(path)) from e
+        with naming(path):
+            with open(temporary, "wb") as f:
+                fill(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as e:  # some network file systems sync no folders
+        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)
+
+
+def append(path: Path, data: bytes) -> None:
+    with naming(path), open(path, "ab") as f:
+        f.write(data)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -94,7 +198,7 @@ def fingerprint(*values: Any) -> str:
             h.update(np.ascontiguousarray(v).view(np.uint8).data)
         elif isinstance(v, dict):
             for k, x in v.items():
-                h.update(f"{k}:{fingerprint(x)}".encode())
+                h.update(f"{k}:{fingerprint(x)}".encode(errors="surrogatepass"))
         else:
             h.update(json.dumps(v, sort_keys=True).encode())
     return h.hexdigest()[:16]
@@ -107,10 +211,14 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
     write(path, lambda f: f.write(buffer.getbuffer()))
 
 
+def check_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would wait for its writer
+        raise UserError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
+
+
 def load_tensors(path: Path) -> Any:
     """What a .pt holds, ours or not, on the CPU; UserError if it cannot be read."""
-    if not path.is_file():
-        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    check_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged or hostile file may provoke any exception
@@ -121,7 +229,7 @@ def checked_tensors(path: Path, state: Any) -> dict[str, Any]:
     """`state`, loaded from `path`, if it is what `write_tensors` wrote; else UserError."""
     if not isinstance(state, dict) or "sha256" not in state:
         raise UserError(f"{path} is damaged or not one of ours (it has no checksum)")
-    check_format(path, state.get("format", state.get("version")))
+    check_format(path, state.get("format", 1))
     content = {k: v for k, v in state.items() if k not in ("format", "sha256")}
     try:
         bytes_held = sum(t.nbytes for t in tensors_in(content))
@@ -147,37 +255,39 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def check_format(path: Path, number: Any) -> None:
-    if number != FORMAT:
+    if number not in READABLE:
         age = "a newer" if isinstance(number, int) and number > FORMAT else "an older"
         message = f"was written by {age} version of these scripts (format {number}, this reads"
-        raise FormatError(f"{path} {message} {FORMAT}): use that version, or another --out")
+        formats = " and ".join(map(str, READABLE))
+        raise FormatError(f"{path} {message} {formats}): use that version, or another --out")
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> dict:
+    """Writes a dict, and returns what `read_json` will give."""
     value = json.loads(json.dumps({"format": FORMAT, **value}, allow_nan=False))
     text = json.dumps({**value, "sha256": fingerprint(value)}, indent=1)
     write(path, lambda f: f.write(text.encode() + b"\n"))
+    return value
 
 
 def read_json(path: Path, *keys: str) -> dict:
     """What `write_json` wrote, with these keys; UserError if it is anything else, or damaged."""
     try:
         value = json.loads(path.read_bytes())
-        checksum, number = value.pop("sha256"), value.get("format", value.get("version"))
+        checksum, number = value.pop("sha256"), value.get("format", 1)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
         raise UserError(f"{path} cannot be read ({one_line(e)})") from e
     check_format(path, number)
     if checksum != fingerprint(value):
         raise UserError(f"{path} is damaged (its checksum differs)")
     if lacking := [k for k in keys if k not in value]:
-        raise UserError(f"{path} is another file, without {lacking[0]}")
+        raise UserError(f"{path} is missing the key {lacking[0]}")
     return value
 
 
 def read_npy(path: Path) -> np.ndarray:
     """The array of an .npy; UserError if it is anything else, or damaged. Nothing is unpickled."""
-    if not path.is_file():  # a pipe would wait for its writer
-        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    check_file(path)
     try:
         with warnings.catch_warnings(action="error"):
             array = np.load(path, allow_pickle=False)
@@ -187,76 +297,159 @@ def read_npy(path: Path) -> np.ndarray:
     return array
 
 
+def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an .npz (all, or those named), whose zip checksums are verified; nothing is
+    unpickled. UserError where it is damaged or lacks one."""
+    check_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return {n: f[n] for n in names or f.files}
+    except MemoryError:
+        raise
+    except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
+        raise UserError(f"{path} is damaged, or no .npz ({one_line(e)})") from e
+
+
 def unless_damaged(read: Callable[[], Any]) -> Any:
-    """What `read` gives; None, with a line on stderr, for a file that can be made again."""
+    """What `read` gives; None, with a line on stderr, for a file that can be regenerated."""
     try:
         return read()
     except FormatError:
         raise
     except UserError as e:
-        return warn(f"{e}: ignored; it will be made again")
+        return warn(f"{e}: ignoring it; the file will be regenerated")
+
+
+# ---- locks ---------------------------------------------------------------------------------------
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this process may change what is in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds `path` for this process alone; it falls with the process, however that ends. Where
-    another process has it, waits, or says in a UserError which one."""
+    """Holds `path` for this process alone; the lock ends with the process, however that ends. Where
+    another process has it, waits, or raises a UserError that says which one.
+
+    A lock file of another user's that can be read is enough. In a folder that this process cannot
+    write, the lock is shared with other readers, and excludes only who changes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):  # read-only folder: nothing in it can change
+    number = open_lock(path)
+    if number is None:
         yield
         return
-    with open(path, "a+", errors="replace") as f:
+    how = fcntl.LOCK_EX if is_writable(path.parent) else fcntl.LOCK_SH
+    try:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(number, how | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            f.seek(0)
-            message = f"{path.parent} is in use by {one_line(f.read(200) or 'another process')}"
+            holder = os.pread(number, 200, 0).decode(errors="replace").strip("\0")
+            message = f"{path.parent} is in use by {one_line(holder or 'another process')}"
             if not wait:
                 raise UserError(message) from e
             warn(f"waiting: {message}")
-            fcntl.flock(f, fcntl.LOCK_EX)
+            flock(number, how)
         except OSError as e:  # some file systems of clusters have no locks
             warn(f"{path.parent}: no locks ({e.strerror}); only one process may work on it")
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
-        f.flush()
+        me = f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}"
+        with contextlib.suppress(OSError):  # a full disk; or a descriptor that is read-only
+            os.ftruncate(number, 0)
+            os.pwrite(number, me.encode(), 0)
         yield
+        with contextlib.suppress(OSError):  # the next holder may be unable to write its own name
+            os.ftruncate(number, 0)
+    finally:
+        os.close(number)
+
+
+def open_lock(path: Path) -> int | None:
+    """A descriptor of a lock file, made if missing, or None where it cannot be opened."""
+    problem = None
+    # Without O_CREAT first: Linux refuses it on files of other users in sticky folders.
+    for how in (os.O_RDWR, os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+        try:
+            return os.open(path, how | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            problem = e
+    if problem and path.exists():  # else nobody works there, and this process only reads
+        warn(f"{path}: cannot be opened ({problem.strerror}); going on without a lock")
+    return None
+
+
+def flock(number: int, how: int) -> None:
+    """fcntl.flock; over NFS an exclusive lock needs a descriptor open for writing (EBADF)."""
+    try:
+        fcntl.flock(number, how)
+    except OSError as e:
+        if e.errno != errno.EBADF:
+            raise
+        fcntl.flock(number, how & ~fcntl.LOCK_EX | fcntl.LOCK_SH)
 
 
 # ---- run folders ---------------------------------------------------------------------------------
 
 
 class Run:
-    """A run folder, held by this process: config, tensors, checkpoint, log, result.
+    """A run folder, locked by this process: config, tensors, checkpoint, log, result.
 
     Every file carries the identity of its run and its own name, so that no other is taken for it.
+    `settings` and `made_from` identify the run: a folder with others is refused, except that
+    `allow(before, now)`, if given, judges another `made_from`: it raises UserError (its message
+    follows the folder's name), or returns a line to print, or None; then the change is recorded in
+    config["history"]. `about` are facts and `here` is the environment, both recorded only.
+
     `seconds` is what the phase in progress has taken, over all processes that worked on it; `ended`
-    says why a run cannot go on.
+    says why a run cannot continue; `on_log` is called with each row of the log. `saved` names the
+    last thing that a resumed run would start from.
     """
 
     def __init__(
-        self, folder: Path, replicate: int | None, settings: dict, here: dict, fresh: bool = False
+        self,
+        folder: Path,
+        replicate: int | None,
+        settings: dict,
+        made_from: dict,
+        about: dict,
+        here: dict,
+        fresh: bool = False,
+        allow: Callable[[dict, dict], str | None] | None = None,
     ):
         self.folder, self.replicate, self.seconds = folder, replicate or 0, 0.0
         self.ended: str | None = None
+        self.on_log: Callable[[dict], Any] | None = None
+        self.saved, self.resumed = "", None
+        self.rows = Log(folder / "log.csv")
         self.held = contextlib.ExitStack()
         # Scores are shared, so wait for who makes them; a run is not, so refuse.
         self.held.enter_context(lock(folder / ".lock", wait=replicate is None))
         try:
-            for path in folder.iterdir():
-                if path.name != ".lock" and (fresh or path.suffix == ".tmp"):
-                    path.unlink()
-            self.config = self.enter(json.loads(json.dumps(settings)), here)
+            self.writable = is_writable(folder)
+            if fresh:
+                self.check_writable()
+            if self.writable:
+                remove_own(folder, fresh)
+            settings, made_from, about = json.loads(json.dumps([settings, made_from, about]))
+            self.config = self.enter(settings, made_from, about, here, allow)
         except BaseException:
             self.held.close()
             raise
+        OPEN.append(self)
+        self.held.callback(OPEN.remove, self)
 
-    def enter(self, settings: dict, here: dict) -> dict:
-        """config.json: compares the settings with it, or begins the run with them."""
-        path = self.folder / "config.json"
+    def enter(
+        self, settings: dict, made_from: dict, about: dict, here: dict, allow: Callable | None
+    ) -> dict:
+        """config.json: compares the settings and the origin with it, or begins the run."""
+        path, remedy = self.folder / "config.json", "--name TAG keeps both, --fresh starts it over"
         if not path.exists():
+            self.check_writable()
             (self.folder / "log.csv").unlink(missing_ok=True)  # of a run that lost its config
-            config = {"run": secrets.token_hex(8), "settings": settings, "environments": [here]}
+            config = {"run": secrets.token_hex(8), "settings": settings, "made_from": made_from}
+            config |= {"about": about, "environments": [here]}
             write_json(path, config)
             return config
         try:
@@ -265,21 +458,55 @@ class Run:
             raise
         except UserError as e:
             raise UserError(f"{e}: --fresh starts the run over") from e
-        del config["format"]
+        if (number := config.pop("format")) != FORMAT:
+            raise FormatError(
+                f"{self.folder} was written by an earlier version (format {number}, this continues "
+                f"{FORMAT}): it can be read, not continued; {remedy}"
+            )
         if changes := differences(config["settings"], settings):
-            remedy = "--fresh starts it over, --out keeps both"
-            raise UserError(f"{self.folder} holds a run of other settings ({changes}): {remedy}")
+            what = f"{self.folder} was created with different settings"
+            raise UserError(f"{what} ({changes}): {remedy}")
+        before = json.dumps(config)
+        if changes := differences(config["made_from"], made_from):
+            try:
+                if allow is None:
+                    raise UserError(f"was made from something else ({changes}): {remedy}")
+                if line := allow(config["made_from"], made_from):
+                    warn(f"{self.folder}: {line}")
+            except UserError as e:
+                raise UserError(f"{self.folder} {e}") from e
+            config["history"] = [*config.get("history", []), config["made_from"]]
+            config["made_from"] = made_from
         if changes := differences(config["environments"][-1], here):
-            warn(f"{self.folder}: {changes}; what is left may differ in bits")
+            warn(f"{self.folder}: {changes}; remaining results may not be bit-identical")
             config["environments"].append(here)
+        config["about"] = about
+        if self.writable and json.dumps(config) != before:
             write_json(path, config)
         return config
+
+    def check_writable(self) -> None:
+        """UserError where this process may read the folder but not continue the run."""
+        if self.writable:
+            return
+        if os.statvfs(self.folder).f_flag & os.ST_RDONLY:
+            why = os.strerror(errno.EROFS)
+        elif (owner := self.folder.stat().st_uid) != os.geteuid():
+            with contextlib.suppress(KeyError):  # a user without a name here
+                owner = self.folder.owner()
+            why = f"it belongs to user {owner}"
+        else:
+            why = os.strerror(errno.EACCES)
+        remedy = "another --out makes a run of your own"
+        raise UserError(f"{self.folder} can be read, not written ({why}): {remedy}")
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
 
     def save(self, name: str, state: dict[str, Any]) -> None:
+        self.rows.sync()  # a file must not outlive the rows that it follows
         write_tensors(self.folder / name, {**state, "file": [self.config["run"], name]})
+        self.saved = name
 
     def load(self, name: str, saved_as: str | None = None) -> dict[str, Any] | None:
         """A file of this run; None, with a line on stderr if it is there but damaged, or of
@@ -288,43 +515,43 @@ class Run:
         def read() -> dict[str, Any]:
             state = read_tensors(self.folder / name)
             if state.pop("file", None) != [self.config["run"], saved_as or name]:
-                raise UserError(f"{self.folder / name} is another run's, or was renamed")
+                raise UserError(f"{self.folder / name} belongs to another run, or was renamed")
+            self.saved = name
             return state
 
         return unless_damaged(read) if self.has(name) else None
 
     def checkpoint(self, phase: str, step: int, state: dict[str, Any]) -> None:
         """Saves the state inside a phase; the one before is kept against damage."""
-        path = self.folder / "checkpoint.pt"
+        path, self.resumed = self.folder / "checkpoint.pt", None
         if path.exists():
-            os.replace(path, self.folder / "checkpoint-before.pt")
+            with naming(path):
+                os.replace(path, self.folder / "checkpoint-before.pt")
         self.save(path.name, {"phase": phase, "step": step, "seconds": self.seconds, **state})
+        self.saved = f"{phase} step {step}"
 
     def resume(self, phase: str) -> dict[str, Any] | None:
-        """The last good checkpoint of a phase."""
+        """The last good checkpoint of a phase, kept until the next is written or another phase is
+        asked for. Called before work begins, so it raises UserError where the folder cannot be
+        written."""
+        self.check_writable()
+        if self.resumed and self.resumed["phase"] == phase:
+            return self.resumed
         for name in ("checkpoint.pt", "checkpoint-before.pt"):
             state = self.load(name, saved_as="checkpoint.pt")
             if state and state["phase"] == phase:
+                self.saved, self.resumed = f"{phase} step {state['step']}", state
                 return state
         return None
 
     def log(self, phase: str, step: int, **values: Any) -> None:
         """One row of log.csv; a row of the same phase and step is replaced."""
-        path, rows = self.folder / "log.csv", {}
-        if path.exists():
-            try:
-                rows = {(r["phase"], int(r["step"])): r for r in read_rows(path)}
-            except UserError as e:
-                warn(f"{e}: begun anew")
-        rows[phase, step] = {"phase": phase, "step": step, **values}
-        out = io.StringIO()
-        names = list(dict.fromkeys(k for r in rows.values() for k in r))
-        writer = csv.DictWriter(out, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
-        write(path, lambda f: f.write(out.getvalue().encode()))
+        row = {"phase": phase, "step": step, **values}
+        self.rows.add(row)
+        if self.on_log:
+            self.on_log(row)
 
-    @property
+    @functools.cached_property
     def result(self) -> dict | None:
         """result.json, or None where there is none, or it is damaged or another run's."""
         path = self.folder / "result.json"
@@ -332,34 +559,59 @@ class Run:
         def read() -> dict:
             value = read_json(path, "config")
             if value["config"]["run"] != self.config["run"]:
-                raise UserError(f"{path} is another run's")
+                raise UserError(f"{path} belongs to another run")
             return value
 
         return unless_damaged(read) if path.exists() else None
 
     def finish(self, result: dict) -> None:
         """Writes result.json, whose presence means done."""
+        self.rows.sync()
         for name in ("checkpoint.pt", "checkpoint-before.pt"):
             (self.folder / name).unlink(missing_ok=True)
-        write_json(self.folder / "result.json", {"config": self.config, **result})
+        value = {"config": self.config, **result}
+        self.result = write_json(self.folder / "result.json", value)
+        self.saved = "result.json"
+
+
+OPEN: list[Run] = []  # of this process
+
+
+def what_is_saved() -> str:
+    """For who interrupts: what the runs of this process would resume from."""
+    saved = [run for run in OPEN if run.saved]
+    if not saved:
+        return "nothing was saved yet"
+    more = f" and in {len(saved) - 1} more" if len(saved) > 1 else ""
+    return f"{saved[0].saved} is saved in {saved[0].folder}{more}; the same command resumes"
+
+
+def remove_own(folder: Path, fresh: bool) -> None:
+    """Removes what a killed process left of its writes and, if `fresh`, the files of the run; never
+    what is not ours. The config goes last: until then what is left belongs to it."""
+    for path in sorted(folder.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
+        written = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        name = written[1] if written else path.name
+        ours = (written or fresh) and any(
+            fnmatch.fnmatchcase(name, own) for own in OWN_FILES.split()
+        )
+        if ours and (path.is_symlink() or not path.is_dir()):
+            path.unlink(missing_ok=True)
 
 
 def differences(before: dict, now: dict) -> str:
-    changed = sorted(k for k in before | now if before.get(k) != now.get(k))
-    return ", ".join(f"{k} {before.get(k)}, now {now.get(k)}" for k in changed)
+    """ "lr 0.1, now 0.2; model.name a, now b": what differs, by dotted name."""
+    a, b = flatten(before), flatten(now)
+    changed = sorted(k for k in a | b if a.get(k) != b.get(k))
+    more = f"; {len(changed) - 8} more" if len(changed) > 8 else ""
+    return "; ".join(f"{k} {a.get(k)}, now {b.get(k)}" for k in changed[:8]) + more
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv; UserError if it is anything else, or damaged."""
-    try:
-        with open(path, newline="") as f:
-            rows = list(csv.DictReader(f, strict=True))
-        for row in rows:
-            _ = row["phase"].lower(), int(row["step"])
-            _ = [float(v) for k, v in row.items() if k not in ("phase", "outcome") and v]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as e:
-        raise UserError(f"{path} is damaged ({one_line(e)})") from e
-    return rows
+def flatten(value: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for k, v in value.items():
+        flat |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return flat
 
 
 def finished_result(folder: Path) -> dict | None:
@@ -372,76 +624,117 @@ def finished_result(folder: Path) -> dict | None:
     return None if result.get("ended") else result
 
 
-# ---- progress, signals ---------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------------
 
 
-class Lines:
-    """stderr for a progress bar where it is no terminal: a line each time instead of a return."""
+class Log:
+    """log.csv, one row a phase and step: rows are appended; the file is rewritten where a row is
+    replaced, a column is new, or its last line was torn by a kill."""
 
-    def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
+    def __init__(self, path: Path):
+        self.path, self.columns, self.unsynced = path, [], False
+        self.rows: dict[tuple[str, int], dict] | None = None  # read when the first is added
 
-    def flush(self) -> None:
-        sys.stderr.flush()
+    def read(self) -> dict[tuple[str, int], dict]:
+        try:
+            rows = read_rows(self.path) if self.path.exists() else []
+        except UserError as e:
+            rows = warn(f"{e}: starting a new log") or []
+        return {(r["phase"], int(r["step"])): r for r in rows}
+
+    def add(self, row: dict) -> None:
+        if first := self.rows is None:
+            self.rows = self.read()
+            self.columns = list(dict.fromkeys(k for r in self.rows.values() for k in r))
+        key = row["phase"], row["step"]
+        if first or key in self.rows or not row.keys() <= {*self.columns}:
+            self.rows[key] = row
+            self.columns = list(dict.fromkeys([*self.columns, *row]))
+            header = dict(zip(self.columns, self.columns, strict=True))
+            text = self.as_text([header, *self.rows.values()])
+            write(self.path, lambda f: f.write(text))
+            return
+        self.rows[key] = row
+        append(self.path, self.as_text([row]))
+        self.unsynced = True
+
+    def as_text(self, rows: Iterable[dict]) -> bytes:
+        out = io.StringIO()
+        csv.DictWriter(out, self.columns, lineterminator="\n").writerows(rows)
+        return out.getvalue().encode()
+
+    def sync(self) -> None:
+        """Brings appended rows to the disk."""
+        if self.unsynced:
+            with naming(self.path), open(self.path, "ab") as f:
+                os.fsync(f.fileno())
+            self.unsynced = False
 
 
-def progress_bar(steps: int, quiet: bool) -> tqdm:
-    """Counts over a whole command: rate, phase, time left. Where stderr is no terminal, a line
-    every half minute."""
-    rarely = {"file": Lines(), "mininterval": 30, "maxinterval": 60, "ncols": 100}
-    kind = {"dynamic_ncols": True} if sys.stderr.isatty() else rarely
-    return tqdm(total=steps, unit=" steps", smoothing=0.02, disable=quiet, **kind)
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a log.csv, but for a last line that is still being written; UserError if it is
+    anything else, or damaged."""
+    try:
+        text = path.read_bytes()
+        whole = text[: text.rindex(b"\n") + 1].decode()
+        rows = list(csv.DictReader(io.StringIO(whole, newline=""), strict=True))
+        for row in rows:
+            _ = row["phase"].lower(), int(row["step"])
+            _ = [float(v) for k, v in row.items() if k not in ("phase", "outcome") and v]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as e:
+        raise UserError(f"{path} is damaged ({one_line(e)})") from e
+    return rows
 
 
-def skip(progress: tqdm, steps: int) -> None:
-    """Steps that an earlier process took: done, but no measure of speed."""
-    if not progress.disable:
-        progress.initial += steps
-        progress.update(steps)
+# ---- signals -------------------------------------------------------------------------------------
 
 
 class Signals:
-    """SIGINT and SIGTERM: inside `deferred` they are only noted, and the run saves itself when the
-    step in hand is done; elsewhere, once more, or after `PATIENCE` seconds, it is left at once.
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1: inside `deferred` they are only noted, and the run saves
+    itself when the step in progress is done; elsewhere, or the second time, it is left at once.
     Within `TWICE` seconds of the first a signal is the same one: schedulers send it to every
     process, and a script around this one sends it on.
     """
 
-    PATIENCE, TWICE = 20, 1
+    TWICE = 1
     number, waits, since = 0, False, 0.0
 
+    def __init__(self):
+        self.before: list[dict] = []  # handlers to restore, by depth
+
     def __enter__(self) -> None:
-        self.number = 0
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-        try:
-            self.before = {n: signal.signal(n, self) for n in handled}
-        except ValueError:  # not the main thread: signals are somebody else's
-            self.before = {}
+        if not self.before:
+            self.number = 0
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            before = signal.getsignal(number)
+            nohup = number == signal.SIGHUP and before is signal.SIG_IGN
+            if before is not None and not nohup:  # None: of a C library, which cannot be restored
+                with contextlib.suppress(ValueError):  # not the main thread: not ours to handle
+                    handlers[number] = signal.signal(number, self)
+        self.before.append(handlers)
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.before.pop().items():
             signal.signal(number, handler)
-        self.number = 0
+        if not self.before:
+            self.number = 0
 
     def __call__(self, number: int, frame: Any) -> None:
         again, now = self.number, time.monotonic()
-        if again and number != signal.SIGALRM and now < self.since + self.TWICE:
+        if again and now < self.since + self.TWICE:
             return
         self.number, self.since = again or number, now
         if again or not self.waits:
             raise Interrupted(self.number)
-        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        self.waits = True
+        before, self.waits = self.waits, True
         try:
             yield
         finally:
-            self.waits = False
-            if self.number:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            self.waits = before
 
 
 signals = Signals()
@@ -450,97 +743,29 @@ signals = Signals()
 # ---- the command line ----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, description: str, **more: Any):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, **more)
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable:
-    """An argparse type: a finite number in [low, high] (or (low, high])."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value <= high or (low == value and not open_low)) or value == math.inf:
-            above = "above" if open_low else "at least"
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {above} {low:g}{limit}")
-        return value
-
-    return parse
-
-
-positive, count = number(int, 1, 10**9), number(int, 0, 10**9)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: whole numbers and ranges, ascending: "0-3", "0,2", "31200,46800"."""
-    values = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
-            if not 0 < len(span) <= 1000:
-                raise ValueError
-            values += span
-    except ValueError:
-        values = []
-    if not values or sorted(set(values)) != values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an ascending list like 0-3 or 0,2")
-    return tuple(values)
-
-
-def call(main: Callable[[argparse.Namespace], Any], parser: Parser, settings: dict) -> Any:
-    """A stage as a function: `settings` are its flags, with underscores. The same folder and the
-    same bits as the command; UserError for a mistake, KeyboardInterrupt after a saved Ctrl-C."""
-    words = []
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            off = f"--no-{flag[2:]}"
-            words += [flag] if value else [off] * (off in parser._option_string_actions)
-        elif value is not None:
-            listed = isinstance(value, list | tuple | range)
-            words.append(f"{flag}={','.join(map(str, value)) if listed else value}")
-    with signals:
-        return main(parser.parse_args(words))
-
-
-def run_stage(main: Callable[[argparse.Namespace], Any], parser: Parser) -> None:
-    """The command line around a `main`: one line and status 2 for what the user can mend, status
-    128 + signal after a signal."""
+def run_stage(main: Callable[[Any], Any], parser: Any) -> None:
+    """The command line around a `main`: one line and status 2 for what the user can mend, or status
+    128 + signal after a signal. `parser` is an argparse one whose errors are UserErrors."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or replaced
+            stream.reconfigure(errors="replace")
     try:
         with signals:
             main(parser.parse_args())
+            return
     except Interrupted as e:
-        sys.exit(128 + e.number)
+        problem, status = str(e), 128 + e.number
     except UserError as e:
-        problem = str(e)
+        problem, status = f"error: {e}", 2
     except OSError as e:
-        problem = f"{e.filename or 'a file'}: {e.strerror or one_line(e)}"
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        remedy = "a smaller --batch-size, --width, or fewer networks side by side"
-        problem = f"not enough memory ({one_line(e)}): {remedy}"
-    else:
-        return
-    warn(f"{parser.prog}: error: {' '.join(problem.split())}")
-    sys.exit(2)
-
-
-def out_of_memory(e: BaseException) -> bool:
-    """Python's, CUDA's, or that of torch's allocator on the CPU, which has no class of its own."""
-    known = isinstance(e, MemoryError | torch.OutOfMemoryError)
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(e)
+        problem, status = f"error: {e.filename or 'a file'}: {e.strerror or one_line(e)}", 2
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        problem, status = f"error: not enough memory ({one_line(e)})", 2
+    finally:
+        put("stdout", "")  # flushed here, where nothing can fail
+    warn(f"{parser.prog}: {' '.join(problem.split())}")
+    sys.exit(status)
 
 
 def keep_freed_memory() -> None:

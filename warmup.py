@@ -9,9 +9,10 @@ Figure 6: final accuracy against warmup length, on easy, random and hard subsets
     python warmup.py                        the embedded digits without and with warmup, a minute
     python warmup.py --dataset cifar10 --subset easy --size 5120 --warmup 0,400,1600 --replicate 0-7
 
-Writes results/warmup/<data>-<network>/<subset>-warmup<t>/rep<k>/: warm.pt (the state after phase
-1), log.csv, result.json. Divergence (a loss that is not finite) and chance accuracy at the end are
-outcomes, not errors. `--subset easy --offset K --size M` warms up on a window of the ranking.
+Writes results/warmup/<data>-<model>/<subset>-warmup<t>/rep<k>/: warm.pt (the state after phase
+1), subset.npy, log.csv, result.json. Divergence (a loss that is not finite) and chance accuracy at
+the end are outcomes, not errors. `--subset easy --offset K --size M` warms up on a window of the
+ranking.
 
 Sharpness is the largest (algebraic) eigenvalue of the Hessian of the mean training loss, over all
 parameters, on --sharpness-sample training images with their true labels, unaugmented, drawn once
@@ -19,13 +20,11 @@ from the seed and the same for every run of it; BatchNorm in training mode with 
 one batch, running statistics untouched. Hessian-vector products by double backward in float32.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,14 +33,18 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor, nn
 
 import common
+import engine
+import options
 import runs
+from common import Study
+from runs import Run, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset(common.Preset):
+class Preset(options.Preset):
     """What this experiment has in place of Table 1; EL2N scores are made by Table 1's settings."""
 
-    lengths: tuple[int, ...] = (1600,)
+    warmup: tuple[int, ...] = (1600,)
     sharpness_every: int = 196
     sharpness_sample: int = 1024
 
@@ -49,40 +52,51 @@ class Preset(common.Preset):
 PAPER = {"batch_size": 1024, "steps": 7840, "milestones": (3920, 5880), "lr": 3.2, "size": 5120}
 # The digits' peak is more than they stand unprepared.
 DIGITS = {"batch_size": 128, "steps": 300, "milestones": (150, 225), "lr": 4.0, "size": 512}
-DIGITS |= {"lengths": (0, 80), "sharpness_every": 30, "sharpness_sample": 256}
+DIGITS |= {"warmup": (0, 80), "sharpness_every": 30, "sharpness_sample": 256}
 PRESETS = {
     name: Preset(**{**vars(preset), **(DIGITS if name == "digits" else PAPER)})
-    for name, preset in common.PRESETS.items()
+    for name, preset in options.PRESETS.items()
 }
 
 
-def flags() -> runs.Parser:
-    parser = common.flags(__doc__, "replicate", "noise", "subset")
-    peak = runs.number(float, 0, 1e6, open_low=True)
-    add = parser.add_argument_group("warmup (presets: digits, others)").add_argument
-    several = "t, or several; 0 is no warmup [0,80, 1600]"
-    add("--warmup", dest="lengths", type=runs.numbers, help=several)
-    add("--peak-lr", dest="lr", type=peak, help="another name of --lr [4, 3.2]")
-    add("--sharpness-every", type=runs.count, help="steps; 0 for no eigenvalues [30, 196]")
-    sample = runs.number(int, 2, 10**9)
-    add("--sharpness-sample", type=sample, help="training examples of the Hessian [256, 1024]")
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(options.Subset):
+    """Settings of warmup.py."""
+
+    presets: ClassVar[dict[str, options.Preset]] = PRESETS
+
+    warmup: tuple[int, ...] = options.option(
+        "t, the steps of warmup, or several lengths; 0 is no warmup", parse=options.numbers
+    )
+    lr: float = options.option(
+        "peak learning rate", parse=options.rate, names=("--lr", "--peak-lr")
+    )
+    sharpness_every: int = options.option(
+        "steps between eigenvalues; 0 for none", parse=options.count
+    )
+    sharpness_sample: int = options.option(
+        "training examples of the Hessian", parse=options.number(int, 2, 10**9)
+    )
+
+    @classmethod
+    def check(cls, given: dict[str, Any], values: dict[str, Any]) -> None:
+        if values["warmup"] == (0,):
+            values |= options.NO_SUBSET  # the subset is never seen
+        super().check(given, values)
+        longest = max(values["warmup"])
+        if longest > values["steps"]:
+            raise UserError(f"--warmup {longest}: longer than --steps {values['steps']}")
 
 
-def prepare(args: argparse.Namespace) -> common.Data:
-    """As `common.prepare`, with the presets of this stage."""
-    if args.lengths == (0,):
-        args.subset, args.size = "all", None  # the subset is never seen
-    return common.prepare(args, PRESETS, check_lengths)
+def flags() -> options.SettingsParser:
+    return options.SettingsParser(Settings, __doc__)
 
 
-def check_lengths(args: argparse.Namespace, data: common.Data) -> None:
-    if max(args.lengths) > args.steps:
-        raise runs.UserError(f"--warmup {max(args.lengths)}: longer than --steps {args.steps}")
+def check_sample(s: Settings, data: engine.Data) -> None:
     n = len(data.train_labels)
-    if args.sharpness_every and args.sharpness_sample > n:
+    if s.sharpness_every and s.sharpness_sample > n:
         problem = f"{data.name} has {n} training images"
-        raise runs.UserError(f"--sharpness-sample {args.sharpness_sample}: {problem}")
+        raise UserError(f"--sharpness-sample {s.sharpness_sample}: {problem}")
 
 
 # ---- sharpness -----------------------------------------------------------------------------------
@@ -91,7 +105,7 @@ def check_lengths(args: argparse.Namespace, data: common.Data) -> None:
 @contextlib.contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """BatchNorm by the batch at hand, its running statistics neither read nor written."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in module.modules() if isinstance(m, engine.NORMS)]
     for m in norms:
         m.track_running_stats = False
     try:
@@ -136,21 +150,24 @@ def top_eigenvalue(
     return loss.item(), float(top)
 
 
-def watch_sharpness(t: common.Training, group: list[runs.Run], phase: str) -> Callable[[int], None]:
+def watch_sharpness(
+    study: Study, t: engine.Training, group: list[Run], phase: str
+) -> Callable[[int], None]:
     """The observer that writes the eigenvalues of a training into its `extra` and its logs."""
-    args, data, networks = t.args, t.data, t.networks
-    draw = common.generator(args.seed, "sample")
-    picked = torch.from_numpy(draw.permutation(len(data.train_labels))[: args.sharpness_sample])
-    picked = picked.to(args.device)
-    start = draw.standard_normal(sum(p.numel() for p in networks.modules[0].parameters()))
-    x, y = common.normalise(data, data.train_images[picked]), data.train_labels[picked]
+    s, data, networks = study.settings, study.data, t.networks
+    draw = engine.generator(s.seed, "sample")
+    picked = torch.from_numpy(draw.permutation(len(data.train_labels))[: s.sharpness_sample])
+    picked = picked.to(study.device)
+    start = draw.standard_normal(sum(v.shape.numel() for v in networks.parameters))
+    x = networks.arrange(engine.normalise(data, data.train_images[picked]))
+    y = data.train_labels[picked]
 
     def observe(step: int) -> None:
         for r, run in enumerate(group):
             if networks.diverged[r] >= 0:
                 continue
             loss, top = top_eigenvalue(networks.modules[r], x, y, start)
-            t.extra["eigenvalue"][r, step // args.sharpness_every] = top
+            t.extra["eigenvalue"][r, step // s.sharpness_every] = top
             run.log(phase, step, lr=t.lr_at(step), sample_loss=loss, eigenvalue=top)
 
     return observe
@@ -160,41 +177,44 @@ def watch_sharpness(t: common.Training, group: list[runs.Run], phase: str) -> Ca
 
 
 def train_phase(
-    args: argparse.Namespace, data: common.Data, group: list[runs.Run], phase: str, progress
-) -> common.Training:
-    """Phase "warmup" or "main" of several replicates side by side."""
-    t, t_end, every = args.warmup, args.steps, args.sharpness_every
-    networks = common.Networks(common.make_model(args, data), len(group), args.device)
-    reports = range(0, t_end + 1, every) if every else ()
-    table = torch.full(
-        (len(group), len(reports)), math.nan, dtype=torch.float64, device=args.device
-    )
-    labels, streams = common.noisy_labels(data, args.label_noise, args.seed), []
+    study: Study, length: int, group: list[Run], phase: str, progress
+) -> engine.Training:
+    """Phase "warmup" or "main" of several replicates side by side, with `length` steps of
+    warmup."""
+    s, data = study.settings, study.data
+    networks, every = study.networks(len(group)), s.sharpness_every
+    reports = range(0, s.steps + 1, every) if every else ()
+    tops = torch.full((len(group), len(reports)), math.nan, dtype=torch.float64)
+    tops, streams = tops.to(study.device), []
+    labels = common.noisy_labels(data, s.label_noise, s.seed)
     for r, run in enumerate(group):
-        indices = common.choose_subset(args, data, labels, run.replicate)
-        subset = {"indices": indices, "labels": labels} if phase == "warmup" else {}
-        streams.append(common.make_stream(args, data, run.replicate, **subset))
-        networks.load(r, common.fresh_state(args, data, run.replicate))
-        if phase == "main" and t:
+        subset = {}
+        if phase == "warmup":
+            indices = common.choose_subset(study, labels, run.replicate)
+            runs.write_array(run.folder / "subset.npy", indices.cpu().numpy())
+            subset = {"indices": indices, "labels": labels}
+        streams.append(study.stream(run.replicate, **subset))
+        networks.load(r, study.initial_state_dict(run.replicate))
+        if phase == "main" and length:
             warm = run.load("warm.pt")
             networks.load(r, warm["model"])
             networks.set_momentum(r, warm["momentum"])
             networks.diverged[r] = warm["diverged"]
-            table[r] = warm["eigenvalue"].to(args.device)
-    first, last, schedule = 0, t, lambda step: args.lr * step / t
+            tops[r] = warm["eigenvalue"].to(study.device)
+    first, last, schedule = 0, length, lambda step: s.lr * step / length
     if phase == "main":
-        first, last, schedule = t, t_end, common.step_schedule(args.lr, args.milestones)
-    at = frozenset(s for s in reports if first < s <= last or s == first == 0)
-    training = common.Training(args, data, networks, streams, first, last, schedule, at)
-    training.extra["eigenvalue"] = table
-    observe = watch_sharpness(training, group, phase) if every else lambda step: None
-    common.fit(training, group, phase, progress, observe)
+        first, last, schedule = length, s.steps, engine.step_schedule(s.lr, s.milestones)
+    at = frozenset(k for k in reports if first < k <= last or k == first == 0)
+    training = study.training(networks, streams, first, last, schedule, at)
+    training.extra["eigenvalue"] = tops
+    observe = watch_sharpness(study, training, group, phase) if every else lambda step: None
+    engine.fit(training, group, phase, progress, observe)
     return training
 
 
-def warm(args: argparse.Namespace, data: common.Data, group: list[runs.Run], progress) -> None:
+def warm(study: Study, length: int, group: list[Run], progress) -> None:
     """Phase 1: warm.pt of several replicates."""
-    training = train_phase(args, data, group, "warmup", progress)
+    training = train_phase(study, length, group, "warmup", progress)
     networks = training.networks
     for r, run in enumerate(group):
         state = {"model": networks.state(r), "momentum": networks.momentum_state(r)}
@@ -202,17 +222,17 @@ def warm(args: argparse.Namespace, data: common.Data, group: list[runs.Run], pro
         run.save("warm.pt", {**state, "eigenvalue": training.extra["eigenvalue"][r].cpu().clone()})
 
 
-def finish(args: argparse.Namespace, data: common.Data, group: list[runs.Run], progress) -> None:
+def finish(study: Study, length: int, group: list[Run], progress) -> None:
     """Phase 2: result.json of several replicates."""
-    training = train_phase(args, data, group, "main", progress)
-    networks, share = training.networks, data.test_labels.bincount().max().item()
-    n, accuracy = len(data.test_labels), common.accuracy(networks, data)
-    chance = share / n + 2 * math.sqrt(share / n * (1 - share / n) / n)  # two standard errors
-    losses = common.evaluate(networks, data, data.train_images, data.train_labels)[0]
+    s, data = study.settings, study.data
+    training = train_phase(study, length, group, "main", progress)
+    networks, chance = training.networks, common.chance_accuracy(data)
+    accuracy, _ = engine.accuracy_and_loss(networks, data)
+    losses = engine.evaluate(networks, data, data.train_images, data.train_labels)[0]
     for r, run in enumerate(group):
         loss, diverged = losses[r].double().mean().item(), networks.diverged[r].item()
         if diverged < 0 and not math.isfinite(loss):
-            diverged = args.steps
+            diverged = s.steps
         good = diverged < 0
         outcome = "diverged" if not good else "trained" if accuracy[r] > chance else "chance"
         tops = training.extra["eigenvalue"][r].tolist()
@@ -222,33 +242,40 @@ def finish(args: argparse.Namespace, data: common.Data, group: list[runs.Run], p
             "diverged_at": None if good else diverged,
             "train_loss": loss if good else None,
         }
-        run.log("end", args.steps, **numbers)
+        run.log("end", s.steps, **numbers)
         sharpness = [
-            {"step": k * args.sharpness_every, "eigenvalue": x if math.isfinite(x) else None}
+            {"step": k * s.sharpness_every, "eigenvalue": x if math.isfinite(x) else None}
             for k, x in enumerate(tops)
         ]
-        seconds = run.seconds + (run.load("warm.pt")["seconds"] if args.warmup else 0)
+        seconds = run.seconds + (run.load("warm.pt")["seconds"] if length else 0)
         run.finish({**numbers, "sharpness": sharpness, "seconds": seconds, "ended": None})
 
 
-def run_name(args: argparse.Namespace) -> str:
+def at_length(s: Settings, length: int) -> Settings:
+    """The settings of one length of warmup; without any no subset is seen."""
+    return s.without_subset() if length == 0 else s
+
+
+def name_of(s: Settings, length: int) -> str:
     """Of one length of warmup."""
-    return common.run_name(args, common.subset_name(args), f"warmup{args.warmup}")
+    return options.run_name(s, options.subset_name(s), f"warmup{length}")
 
 
-def run_length(args: argparse.Namespace, data: common.Data) -> list[runs.Run]:
-    """Both phases at one warmup length; the finished runs."""
-    keys = ("subset", "label_noise", "warmup", "sharpness_every", "sharpness_sample")
-    settings = common.settings_of(args, data, *keys)
-    with common.open_runs(args, "warmup", run_name(args), settings, args.replicate) as group:
+def run_length(study: Study, length: int) -> list[Run]:
+    """Both phases at one length of warmup; the finished runs."""
+    study = dataclasses.replace(study, settings=at_length(study.settings, length))
+    s = study.settings
+    settings = study.describe("subset", "label_noise", "sharpness_every", "sharpness_sample")
+    settings |= {"warmup": length}
+    with study.runs("warmup", name_of(s, length), settings, s.replicate) as group:
         todo = [run for run in group if run.result is None]
-        with runs.progress_bar(len(todo) * args.steps, args.quiet) as progress:
-            lacking = [run for run in todo if args.warmup and run.load("warm.pt") is None]
-            runs.skip(progress, (len(todo) - len(lacking)) * args.warmup)
-            for part in common.side_by_side(lacking, "warmup"):
-                warm(args, data, part, progress)
-            for part in common.side_by_side(todo, "main"):
-                finish(args, data, part, progress)
+        with runs.progress_bar(len(todo) * s.steps, s.quiet) as progress:
+            lacking = [run for run in todo if length and run.load("warm.pt") is None]
+            runs.skip(progress, (len(todo) - len(lacking)) * length)
+            for part in engine.side_by_side(lacking, "warmup"):
+                warm(study, length, part, progress)
+            for part in engine.side_by_side(todo, "main"):
+                finish(study, length, part, progress)
     return group
 
 
@@ -259,7 +286,7 @@ def table(lengths: dict[int, list[dict]]) -> str:
     for t, results in lengths.items():
         trained = [r for r in results if r["outcome"] == "trained"]
         accuracy, loss = (
-            common.mean_std([r[k] for r in trained]) if trained else "-"
+            options.mean_std([r[k] for r in trained]) if trained else "-"
             for k in ("test_accuracy", "train_loss")
         )
         curves = [[x["eigenvalue"] for x in r["sharpness"]] for r in trained]
@@ -270,32 +297,36 @@ def table(lengths: dict[int, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def plan(args: argparse.Namespace) -> list[tuple[Path, int, bool]]:
-    """(folder, network-steps, done) of each length and replicate; reads no data."""
-    common.fill(args, PRESETS)
+def plan(s: Settings) -> list[options.Planned]:
+    """The runs of every length; reads no data."""
     found = []
-    for length in args.lengths:
-        one = common.with_steps(args, "warmup", length)
-        folder = common.run_folder(one, "warmup", run_name(one))
-        found += common.planned(folder, args.replicate, args.steps)
+    for length in s.warmup:
+        one = at_length(s, length)
+        folder = options.run_folder(one, "warmup", name_of(one, length))
+        found += options.planned(folder, s.replicate, s.steps, 2 * bool(length))
     return found
 
 
-def main(args: argparse.Namespace) -> list[dict]:
-    """Trains with every warmup length, prints the table and the paths; returns the results."""
-    data, finished, lengths = prepare(args), [], {}
-    for t in args.lengths:
-        group = run_length(common.with_steps(args, "warmup", t), data)
+def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dict] | None:
+    """Trains with every warmup length, prints the table and the paths; returns the results, by
+    length and replicate; None after --dry-run."""
+    study = common.prepare(s, __file__, handed_in)
+    s = study.settings
+    check_sample(s, study.data)
+    folders = [study.folder("warmup", name_of(at_length(s, t), t)) for t in s.warmup]
+    if not common.announce(study, ", ".join(map(str, folders))):
+        return None
+    study, finished, lengths = common.rank(study), [], {}
+    for t in s.warmup:
+        group = run_length(study, t)
         finished, lengths[t] = finished + group, [run.result for run in group]
-    print(table(lengths))
-    common.report(finished)
+    if not s.quiet:
+        runs.say(table(lengths))
+    options.report(s, finished)
     return [run.result for run in finished]
 
 
-def warm_up(**settings: Any) -> list[dict]:
-    """The command as a function: warm_up(dataset="digits", warmup=[0, 80])."""
-    return runs.call(main, flags(), settings)
-
+warm_up = options.as_function(main, flags, 'warm_up(dataset="digits", warmup=[0, 80])')
 
 if __name__ == "__main__":
     runs.run_stage(main, flags())

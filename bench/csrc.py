@@ -4,7 +4,7 @@
 
 The two sides take turns of ten calls (--turn 1: of one, so that each finds the caches full of the
 other's data). The figures are the fastest round, which a busy machine disturbs least, and the ratio
-of the medians. On a card the clock is CUDA events, and the kernels' rates, on inputs well past the
+of the medians. On a GPU the clock is CUDA events, and the kernels' rates, on inputs well past the
 L2 cache, stand beside a device copy's in the same run.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
+import engine
 
 ROWS, COLUMNS, PRUNABLE = 4, 272_480, 270_896  # ResNet-20, four replicates; rows padded to 16
 RESNET20 = [432, *[2304] * 6, 4608, *[9216] * 5, 18432, *[36864] * 5, 512, 2048, 640]  # prunable
@@ -38,7 +38,7 @@ def sgd_row_matrix(device: str, rows: int = ROWS) -> Callable[[], None]:
     w, m, g = (normal(rows, COLUMNS, device=device) for _ in range(3))
     mask = normal(rows, PRUNABLE, device=device) > 0
     lr = torch.tensor([0.1], device=device)
-    return lambda: common.operations().masked_sgd_(w, m, g, mask, lr, 0.9, 1e-4)
+    return lambda: engine.operations().masked_sgd_(w, m, g, mask, lr, 0.9, 1e-4)
 
 
 def sgd_torch(
@@ -94,7 +94,7 @@ def crops(n: int) -> Tensor:
 
 
 def sides(name: str, args: tuple) -> tuple[Callable, Callable]:
-    definition, ours = getattr(common, name).definition, getattr(common.operations(), name)
+    definition, ours = getattr(engine, name).definition, getattr(engine.operations(), name)
     return lambda: definition(*args), lambda: ours(*args)
 
 
@@ -132,7 +132,7 @@ def compare(device: str, rounds: int, turn: int) -> None:
         print(f"| {name} | {torchs * 1e3:.3f} | {ours * 1e3:.3f} | {ratios} |")
 
 
-# ---- a card's memory -----------------------------------------------------------------------------
+# ---- a GPU's memory ------------------------------------------------------------------------------
 
 
 def bandwidth(rounds: int) -> None:
@@ -141,7 +141,7 @@ def bandwidth(rounds: int) -> None:
     wide = [normal(n // 10, 100, device=device) for _ in range(3)]
     x = [w.view(n, 10) for w in wide]
     y, y100 = (torch.arange(k, device=device) % c for k, c in ((n, 10), (n // 10, 100)))
-    ops = common.operations()
+    ops = engine.operations()
     images = torch.zeros(50_000, 32, 32, 3, dtype=torch.uint8, device=device)
     affine = torch.rand(3)
     draw = [t.to(device) for t in (torch.randperm(50_000), crops(50_000), affine, affine)]
@@ -173,8 +173,8 @@ def launches() -> None:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    on_card = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    print(f"\nlaunches per optimiser step: {len(on_card)}")
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    print(f"\nlaunches per optimiser step: {len(kernels)}")
 
 
 def main(rounds: int, turn: int) -> None:

@@ -1,183 +1,217 @@
-// BatchNorm, residual and ReLU on a card, a part of ops.cu: two launches each way.
+// BatchNorm, residual and ReLU on a GPU, a part of ops.cu: two launches each way.
 //
-// The first gives each block's sums; in the second every block adds up those of its channels, in
-// the same order, and applies them: no atomics. A block spans up to 16 packs of V channels, a
-// thread one of them; the threads after that take the pixels that follow.
+// A block takes SLICE channels of one part of the pixels, a thread LANES neighbouring channels of
+// every ROWS-th pixel. The first launch writes the sums of each part; in the second every block
+// adds up those of its channels, in the same order, and applies them: no atomics. What a thread
+// sums depends on the shape alone, so the bits depend neither on the GPU nor on the alignment.
 #include "batch_norm.h"
 
 namespace datadiet {
 namespace {
 
-constexpr int NORM_THREADS = 512, PACKS = 16, SEGMENTS = 32;
+constexpr int NORM_THREADS = 512, LANES = 4, SLICE = 16;
+constexpr int PACKS = SLICE / LANES, ROWS = NORM_THREADS / PACKS, SEGMENTS = NORM_THREADS / SLICE;
+typedef Block<float, LANES> Values;
 
-struct Place {  // of this thread
-  int packs, rows, row;    // packs and rows of the block
-  int64_t first, channel;  // of the block, of the thread
-  bool active;
-};
-
-template <int V>
-__device__ __forceinline__ Place place(int64_t channels) {
-  Place p;
-  const int64_t all = channels / V;
-  p.packs = int(all < PACKS ? all : PACKS);
-  p.rows = NORM_THREADS / p.packs;
-  p.row = threadIdx.x / p.packs;
-  p.first = int64_t(blockIdx.y) * PACKS * V;
-  p.channel = p.first + threadIdx.x % p.packs * V;
-  p.active = p.row < p.rows && p.channel < all * V;
-  return p;
+// Of LANES values, `count` exist (the last channels of a row): all, where WIDE makes one access.
+template <bool WIDE, class T>
+__device__ __forceinline__ Pack<T, LANES> read(const void* base, int64_t at, int count) {
+  const T* const p = static_cast<const T*>(base) + at;
+  if constexpr (WIDE) {
+    return read_pack<LANES>(p);
+  } else {
+    Pack<T, LANES> out = {};
+#pragma unroll
+    for (int v = 0; v < LANES; ++v)
+      if (v < count) out.at[v] = p[v];
+    return out;
+  }
 }
 
-// Adds up `count` rows of sums, `pitch` apart, for the block's `width` channels; the sums of
-// channel c are returned to thread c. `valid` of the channels exist.
-__device__ __forceinline__ Sums fold(const Sums* rows, int count, int64_t pitch, int width,
-                                     int valid, Sums* scratch) {
-  const int fit = NORM_THREADS / width, segments = fit < SEGMENTS ? fit : SEGMENTS;
-  const int c = threadIdx.x % width, segment = threadIdx.x / width;
+template <bool WIDE, class T>
+__device__ __forceinline__ void write(void* base, int64_t at, int count, const Values& values) {
+  T* const p = static_cast<T*>(base) + at;
+  if constexpr (WIDE) {
+    values.write(p);
+  } else {
+#pragma unroll
+    for (int v = 0; v < LANES; ++v)
+      if (v < count) put(p[v], values.at[v]);
+  }
+}
+
+struct Position {  // of this thread
+  int count;  // how many of its LANES channels exist
+  int64_t channel, begin, step, end;  // of values in memory
+};
+
+template <class Arguments>
+__device__ __forceinline__ Position position(const Arguments& a) {
+  const int64_t c = int64_t(blockIdx.y) * SLICE + threadIdx.x % PACKS * LANES;
+  const int64_t left = a.channels - c, pixel = int64_t(blockIdx.x) * ROWS + threadIdx.x / PACKS;
+  return {int(left < 0 ? 0 : left < LANES ? left : LANES), c, pixel * a.channels + c,
+          int64_t(gridDim.x) * ROWS * a.channels, a.pixels * a.channels};
+}
+
+// To thread c < SLICE the sum of at(i, c) over i < count.
+template <class At>
+__device__ __forceinline__ Sums fold(int count, const At& at, Sums (&scratch)[SEGMENTS][SLICE]) {
+  const int c = threadIdx.x % SLICE, segment = threadIdx.x / SLICE;
   Sums sum = {0, 0};
-  if (segment < segments) {
-    if (c < valid)
 #pragma unroll 4
-      for (int i = segment; i < count; i += segments) sum.add(rows[i * pitch + c]);
-    scratch[segment * width + c] = sum;
-  }
+  for (int i = segment; i < count; i += SEGMENTS) sum.add(at(i, c));
+  scratch[segment][c] = sum;
   __syncthreads();
-  if (threadIdx.x < width) {
-    sum = scratch[threadIdx.x];
-    for (int s = 1; s < segments; ++s) sum.add(scratch[s * width + threadIdx.x]);
-  }
+  if (segment == 0)
+#pragma unroll 4
+    for (int s = 1; s < SEGMENTS; ++s) sum.add(scratch[s][c]);
   return sum;
 }
 
-// Adds to `sums` up to a.AHEAD pixels, `step` apart; all are read before the first is used. What
-// would lie past the end is read from the first pixel instead, and not added.
-template <class T, int V>
-__device__ __forceinline__ void add_pixels(const BatchNorm& a, const Channel<Block<float, V>>&,
-                                           int64_t i, int64_t step, int64_t c, Sums (&sums)[V]) {
-  Block<float, V> x[BatchNorm::AHEAD], shift, e, q;
+// Adds to `sums` those of up to a.AHEAD pixels, `step` apart; all are loaded before the first is
+// used.
+template <bool WIDE, class T>
+__device__ __forceinline__ void add_pixels(const BatchNorm& a, const Channel<Values>&, int64_t at,
+                                           const Position& p, Sums (&sums)[LANES]) {
+  Pack<T, LANES> x[BatchNorm::AHEAD];
+  Values shift, e, q;
   int n = 0;
 #pragma unroll
-  for (int u = 0; u < a.AHEAD; ++u) {
-    const bool inside = i + u * step < a.pixels;
-    n += inside;
-    const int64_t at = (inside ? i + u * step : i) * a.channels + c;
-    x[u] = Block<float, V>(static_cast<const T*>(a.x) + at);
-  }
+  for (int u = 0; u < a.AHEAD; ++u)
+    if (at + u * p.step < p.end) {
+      x[u] = read<WIDE, T>(a.x, at + u * p.step, p.count);
+      ++n;
+    }
 #pragma unroll
   for (int u = 0; u < a.AHEAD; ++u)
-    if (u < n) shift = shift + x[u];
-  for (int v = 0; v < V; ++v) shift.at[v] /= float(n);
+    if (u < n) shift = shift + Values(x[u].at);
+  for (int v = 0; v < LANES; ++v) shift.at[v] /= float(n);
 #pragma unroll
   for (int u = 0; u < a.AHEAD; ++u)
     if (u < n) {
-      const auto d = x[u] - shift;
+      const auto d = Values(x[u].at) - shift;
       e = e + d;
       q = q + d * d;
     }
-  for (int v = 0; v < V; ++v) sums[v].add(moments(n, shift.at[v], e.at[v], q.at[v]));
+  for (int v = 0; v < LANES; ++v) sums[v].add(moments(n, shift.at[v], e.at[v], q.at[v]));
 }
 
-template <class T, int V>
+template <bool WIDE, class T>
 __device__ __forceinline__ void add_pixels(const BatchNormBackward& a,
-                                           const Channel<Block<float, V>>& channel, int64_t i,
-                                           int64_t step, int64_t c, Sums (&sums)[V]) {
-  typedef Block<float, V> B;
+                                           const Channel<Values>& channel, int64_t at,
+                                           const Position& p, Sums (&sums)[LANES]) {
   constexpr int AHEAD = BatchNormBackward::AHEAD;
-  B g[AHEAD], x[AHEAD], y[AHEAD], first, second;
+  Pack<T, LANES> dy[AHEAD], x[AHEAD], y[AHEAD] = {};
+  Values first, second;
 #pragma unroll
-  for (int u = 0; u < a.AHEAD; ++u) {
-    const int64_t at = (i + u * step < a.pixels ? i + u * step : i) * a.channels + c;
-    g[u] = B(static_cast<const T*>(a.dy) + at);
-    x[u] = B(static_cast<const T*>(a.x) + at);
-    if (a.y) y[u] = B(static_cast<const T*>(a.y) + at);
-  }
+  for (int u = 0; u < AHEAD; ++u)
+    if (at + u * p.step < p.end) {
+      dy[u] = read<WIDE, T>(a.dy, at + u * p.step, p.count);
+      x[u] = read<WIDE, T>(a.x, at + u * p.step, p.count);
+      if (a.y) y[u] = read<WIDE, T>(a.y, at + u * p.step, p.count);
+    }
 #pragma unroll
-  for (int u = 0; u < a.AHEAD; ++u)
-    if (i + u * step < a.pixels)
-      add<T>(a, channel, g[u], x[u], y[u], (i + u * step) * a.channels + c, first, second);
-  for (int v = 0; v < V; ++v) sums[v].add({first.at[v], second.at[v]});
+  for (int u = 0; u < AHEAD; ++u)
+    if (at + u * p.step < p.end) {
+      const Values value(x[u].at);
+      const auto g = masked_gradient(a, channel, Values(dy[u].at), value, Values(y[u].at));
+      if (a.y) write<WIDE, T>(a.dresidual, at + u * p.step, p.count, g);
+      first = first + g;
+      second = second + g * (value - channel.mean);
+    }
+  for (int v = 0; v < LANES; ++v) sums[v].add({first.at[v], second.at[v]});
 }
 
 // Channel v of a thread is of(v).
-template <int V, class Of>
-__device__ __forceinline__ Channel<Block<float, V>> gather(const Of& of) {
-  Channel<Block<float, V>> all;
-  for (int v = 0; v < V; ++v) {
-    const Channel<float> c = of(v);
+template <class Of>
+__device__ __forceinline__ Channel<Values> gather(int count, const Of& of) {
+  Channel<Values> all;
+  for (int v = 0; v < LANES; ++v) {
+    const Channel<float> c = v < count ? of(v) : Channel<float>{};
     all.mean.at[v] = c.mean, all.scale.at[v] = c.scale, all.bias.at[v] = c.bias;
     all.offset.at[v] = c.offset, all.slope.at[v] = c.slope;
   }
   return all;
 }
 
-template <int V, class T, class Arguments>
+template <bool WIDE, class T, class Arguments>
 __global__ void __launch_bounds__(NORM_THREADS) sums_kernel(const Arguments a) {
-  __shared__ Sums rows[NORM_THREADS * V], scratch[NORM_THREADS];
-  const Place p = place<V>(a.channels);
-  Sums mine[V] = {};
-  if (p.active) {
-    const auto channel = gather<V>([&](int v) { return start(a, p.channel + v); });
-    const int64_t step = int64_t(gridDim.x) * p.rows;
-    for (int64_t i = int64_t(blockIdx.x) * p.rows + p.row; i < a.pixels; i += step * a.AHEAD)
-      add_pixels<T>(a, channel, i, step, p.channel, mine);
+  // Two more a row: eight threads then meet all 32 banks, writing and reading.
+  __shared__ Sums rows[LANES][NORM_THREADS + 2];
+  __shared__ Sums scratch[SEGMENTS][SLICE];
+  const Position p = position(a);
+  Sums mine[LANES] = {};
+  if (p.count > 0) {
+    const auto channel = gather(p.count, [&](int v) { return start(a, p.channel + v); });
+    for (int64_t at = p.begin; at < p.end; at += p.step * a.AHEAD)
+      add_pixels<WIDE, T>(a, channel, at, p, mine);
   }
-  const int width = p.packs * V;
-  if (p.row < p.rows)
 #pragma unroll
-    for (int v = 0; v < V; ++v) rows[threadIdx.x * V + v] = mine[v];
+  for (int v = 0; v < LANES; ++v) rows[v][threadIdx.x] = mine[v];
   __syncthreads();
-  const Sums sums = fold(rows, p.rows, width, width, width, scratch);
-  const int64_t c = p.first + threadIdx.x;
-  if (threadIdx.x < width && c < a.channels) a.partial[blockIdx.x * a.channels + c] = sums;
+  const auto at = [&](int row, int c) { return rows[c % LANES][row * PACKS + c / LANES]; };
+  const Sums sums = fold(ROWS, at, scratch);
+  const int64_t c = int64_t(blockIdx.y) * SLICE + threadIdx.x;
+  if (threadIdx.x < SLICE && c < a.channels) a.partial[blockIdx.x * a.channels + c] = sums;
 }
 
-// Two blocks a multiprocessor: for a third ptxas would spill.
-template <int V, class T, class Arguments>
+// A thread loads AHEAD pixels before it writes the first: stores may alias for all nvcc knows.
+template <bool WIDE, class T, class Arguments>
 __global__ void __launch_bounds__(NORM_THREADS, 2)
-    apply_kernel(const Arguments a, const int count) {
-  __shared__ Sums scratch[NORM_THREADS];
-  __shared__ Channel<float> shared[PACKS * V];
-  const Place p = place<V>(a.channels);
-  const int64_t left = a.channels - p.first;
-  const int width = p.packs * V, have = int(left < width ? left : width);
-  const Sums sums = fold(a.partial + p.first, count, a.channels, width, have, scratch);
-  if (threadIdx.x < have)
-    shared[threadIdx.x] = finish(a, p.first + threadIdx.x, sums, blockIdx.x == 0);
+    apply_kernel(const Arguments a, const int parts) {
+  constexpr int AHEAD = Arguments::AHEAD < 4 ? Arguments::AHEAD : 4;
+  __shared__ Sums scratch[SEGMENTS][SLICE];
+  __shared__ Channel<float> shared[SLICE];
+  const Position p = position(a);
+  const int64_t from = int64_t(blockIdx.y) * SLICE;
+  const auto partial = [&](int i, int c) {
+    return from + c < a.channels ? a.partial[i * a.channels + from + c] : Sums{0, 0};
+  };
+  const Sums sums = fold(parts, partial, scratch);
+  if (threadIdx.x < SLICE && from + threadIdx.x < a.channels)
+    shared[threadIdx.x] = finish(a, from + threadIdx.x, sums, blockIdx.x == 0);
   __syncthreads();
-  if (!p.active) return;
-  const Channel<float>* const mine = shared + threadIdx.x % p.packs * V;
-  const auto channel = gather<V>([&](int v) { return mine[v]; });
-  const int64_t step = int64_t(gridDim.x) * p.rows;
-#pragma unroll 4
-  for (int64_t i = int64_t(blockIdx.x) * p.rows + p.row; i < a.pixels; i += step)
-    apply<T>(a, channel, i * a.channels + p.channel);
+  if (p.count == 0) return;
+  const Channel<float>* const mine = shared + threadIdx.x % PACKS * LANES;
+  const auto channel = gather(p.count, [&](int v) { return mine[v]; });
+  const void* const other = a.other();
+  for (int64_t at = p.begin; at < p.end; at += p.step * AHEAD) {
+    Pack<T, LANES> x[AHEAD], second[AHEAD] = {};
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u)
+      if (at + u * p.step < p.end) {
+        x[u] = read<WIDE, T>(a.x, at + u * p.step, p.count);
+        if (other) second[u] = read<WIDE, T>(other, at + u * p.step, p.count);
+      }
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u)
+      if (at + u * p.step < p.end)
+        write<WIDE, T>(a.out(), at + u * p.step, p.count,
+                       result(a, channel, Values(x[u].at), Values(second[u].at)));
+  }
 }
 
-// Of both launches; the second could take more, but each of its blocks reads all partial sums.
-template <int V>
-dim3 norm_grid(int64_t pixels, int64_t channels, int64_t most) {
-  const int64_t packs = channels / V, wide = packs < PACKS ? packs : PACKS;
-  const int64_t rows = NORM_THREADS / wide, parts = divide_up(pixels, rows * BatchNorm::AHEAD);
-  return dim3(unsigned(parts < most ? parts : most), unsigned(divide_up(packs, PACKS)));
-}
-
-template <int V, class T, class Arguments>
+// PARTS blocks over all slices of the channels, for a small layer too; fewer where a thread would
+// get no pixel. The second launch may take more, as each of its blocks reads its channels' sums.
+template <bool WIDE, class T, class Arguments>
 const char* launch_both(const Arguments& a, cudaStream_t stream) {
-  const dim3 first = norm_grid<V>(a.pixels, a.channels, PARTS);
-  const dim3 second = norm_grid<V>(a.pixels, a.channels, 4 * PARTS);
-  sums_kernel<V, T><<<first, NORM_THREADS, 0, stream>>>(a);
-  apply_kernel<V, T><<<second, NORM_THREADS, 0, stream>>>(a, int(first.x));
+  const int64_t slices = divide_up(a.channels, SLICE);
+  const int64_t most = slices < PARTS ? PARTS / slices : 1, fit = divide_up(a.pixels, ROWS);
+  const int64_t parts = fit < most ? fit : most, full = divide_up(a.pixels, ROWS * 8);
+  const int64_t blocks = full < parts ? parts : full < 4 * parts ? full : 4 * parts;
+  const dim3 first{unsigned(parts), unsigned(slices)}, second{unsigned(blocks), unsigned(slices)};
+  sums_kernel<WIDE, T><<<first, NORM_THREADS, 0, stream>>>(a);
+  apply_kernel<WIDE, T><<<second, NORM_THREADS, 0, stream>>>(a, int(parts));
   return launched();
 }
 
 template <class Arguments>
 const char* launch_norm(const Arguments& a, bool aligned_all, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (a.channels > int64_t(PACKS) * 65535) return "more channels than one launch takes";
-  if (a.channels % 4 == 0 && aligned_all)
-    return a.half ? launch_both<4, bf16>(a, s) : launch_both<4, float>(a, s);
-  return a.half ? launch_both<1, bf16>(a, s) : launch_both<1, float>(a, s);
+  if (a.channels > int64_t(SLICE) * 65535) return "more channels than one launch takes";
+  if (a.channels % LANES == 0 && aligned_all)
+    return a.is_bf16 ? launch_both<true, bf16>(a, s) : launch_both<true, float>(a, s);
+  return a.is_bf16 ? launch_both<false, bf16>(a, s) : launch_both<false, float>(a, s);
 }
 
 }  // namespace

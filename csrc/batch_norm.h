@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "math.h"
+#include "formulas.h"
 
 namespace datadiet {
 
@@ -20,7 +20,7 @@ HD float relu(float x, float y, float limit) { return y <= limit ? 0.0f : x; }
 
 template <int N, class T>
 HD void load(float (&at)[N], const T* p) {
-  const auto values = pack<N>(p);
+  const auto values = read_pack<N>(p);
   for (int k = 0; k < N; ++k) at[k] = value(values.at[k]);
 }
 
@@ -28,16 +28,15 @@ template <int N, class T>
 HD void store(T* p, const float (&at)[N]) {
   Pack<T, N> values;
   for (int k = 0; k < N; ++k) put(values.at[k], at[k]);
-  pack<N>(p) = values;
+  write_pack<N>(p, values);
 }
 
 #ifndef __CUDACC__
 
-// As wide as a register: of wider vectors g++ takes the comparisons apart, float by float.
+// As wide as a register: of wider vectors g++ takes the comparisons apart, float by float. With
+// AVX2's 8 a block does not fit its 16 registers: in float32 4 are 1.5 times as fast.
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
 #endif
@@ -125,7 +124,7 @@ HD B batch_norm(const B& x, const Channel<B>& c) {
 
 // Forward the sums of x and x^2; backward of g and g (x - mean). In double, where a mean 10,000
 // times the deviation still costs the variance no more than float32's rounding.
-struct Sums {
+struct alignas(16) Sums {
   double first, second;
   HD void add(Sums more) { first += more.first, second += more.second; }
 };
@@ -136,31 +135,37 @@ HD Sums moments(double n, double shift, double e, double q) {
 }
 
 struct BatchNorm {
-  static constexpr int AHEAD = 8;  // pixels that a thread of a card reads at once
-  const void *x, *residual;  // residual or null
+  static constexpr int AHEAD = 8;  // pixels for whose sums a GPU thread loads before it adds
+  const void *x, *residual;        // residual or null
   void* y;
-  bool half;
+  bool is_bf16;
   const float *weight, *bias;
   float *running_mean, *running_var;  // or null
   float *mean, *rstd;
-  Sums* partial;  // (PARTS, channels), on a card
+  Sums* partial;  // (PARTS, channels), on a GPU
   int64_t pixels, channels;
   double momentum, eps;
   float limit;
+
+  HD const void* other() const { return residual; }
+  HD void* out() const { return y; }
 };
 
 // y is given where a residual was added before ReLU, and dresidual with it: the first pass writes
-// there the masked gradient, the second reads it. Else the mask is computed again from x.
+// the masked gradient there, the second reads it. Else the mask is computed again from x.
 struct BatchNormBackward {
-  static constexpr int AHEAD = 4;  // of twice as much
+  static constexpr int AHEAD = 2;
   const void *dy, *x, *y;
   void *dx, *dresidual;
-  bool half;
+  bool is_bf16;
   const float *weight, *bias, *mean, *rstd;
   float *dweight, *dbias;
   Sums* partial;
   int64_t pixels, channels;
   float limit;
+
+  HD const void* other() const { return y ? dresidual : dy; }
+  HD void* out() const { return dx; }
 };
 
 HD Channel<float> start(const BatchNormBackward& a, int64_t c) {
@@ -198,37 +203,31 @@ HD Channel<float> finish(const BatchNormBackward& a, int64_t c, Sums sums, bool 
   return channel;
 }
 
-// The results of a block of values.
-template <class T, class B>
-HD void apply(const BatchNorm& a, const Channel<B>& channel, int64_t at) {
-  B y = batch_norm(B(static_cast<const T*>(a.x) + at), channel);
-  if (a.residual) y = y + B(static_cast<const T*>(a.residual) + at);
-  relu(y, y, a.limit).write(static_cast<T*>(a.y) + at);
+// The results of a block of values, from x and what other() points to.
+template <class B>
+HD B result(const BatchNorm& a, const Channel<B>& c, const B& x, const B& residual) {
+  B y = batch_norm(x, c);
+  if (a.residual) y = y + residual;
+  return relu(y, y, a.limit);
 }
 
-template <class T, class B>
-HD void apply(const BatchNormBackward& a, const Channel<B>& c, int64_t at) {
-  const B x(static_cast<const T*>(a.x) + at);
-  B g(static_cast<const T*>(a.y ? a.dresidual : a.dy) + at);
+template <class B>
+HD B result(const BatchNormBackward& a, const Channel<B>& c, const B& x, B g) {
   if (!a.y) g = relu(g, batch_norm(x, c), a.limit);
-  ((g - c.offset - (x - c.mean) * c.slope) * c.scale).write(static_cast<T*>(a.dx) + at);
+  return (g - c.offset - (x - c.mean) * c.slope) * c.scale;
 }
 
-// Adds a block of gradients to its sums.
-template <class T, class B>
-HD void add(const BatchNormBackward& a, const Channel<B>& c, const B& dy, const B& x, const B& y,
-            int64_t at, B& first, B& second) {
-  const B g = relu(dy, a.y ? y : batch_norm(x, c), a.limit);
-  if (a.y) g.write(static_cast<T*>(a.dresidual) + at);
-  first = first + g;
-  second = second + g * (x - c.mean);
+template <class B>
+HD B masked_gradient(const BatchNormBackward& a, const Channel<B>& c, const B& dy, const B& x,
+                     const B& y) {
+  return relu(dy, a.y ? y : batch_norm(x, c), a.limit);
 }
 
-// Each returns null, or why the launch failed.
+// Each returns null, or CUDA's message.
 const char* launch(const BatchNorm&, void* stream);
 const char* launch(const BatchNormBackward&, void* stream);
 
-constexpr int64_t PARTS = 128;  // at most, that a card's first launch leaves to add up
+constexpr int64_t PARTS = 128;  // at most, whose sums a GPU's first launch leaves to add up
 
 // ---- loops for the CPU --------------------------------------------------------------------------
 //
@@ -323,8 +322,13 @@ void sum_chunk(const BatchNormBackward& a, const Rows& rows, Table& table, int64
     typedef decltype(first) B;
     const auto channel = table.get<B>(lane);
     B second;
-    for (int64_t at = begin; at < end; at += rows.lanes)
-      add<T>(a, channel, B(dy + at), B(x + at), y ? B(y + at) : B(), at, first, second);
+    for (int64_t at = begin; at < end; at += rows.lanes) {
+      const B value(x + at);
+      const B g = masked_gradient(a, channel, B(dy + at), value, y ? B(y + at) : B());
+      if (y) g.write(static_cast<T*>(a.dresidual) + at);
+      first = first + g;
+      second = second + g * (value - channel.mean);
+    }
     sums.add(lane, first, second);
   });
   sums.take(a.channels, out);
@@ -350,10 +354,14 @@ void batch_norm_loop(const Arguments& a, const Parallel& parallel) {
   }
   parallel(rows.chunks, [&](int64_t begin, int64_t end) {
     const Arguments mine = a;  // which no store can change
+    const T *const x = static_cast<const T*>(a.x), *const other = static_cast<const T*>(a.other());
     for (int64_t i = begin; i < end; ++i)
       rows.visit(i, [&](auto block, int64_t lane, int64_t first, int64_t last) {
-        const auto channel = table.get<decltype(block)>(lane);
-        for (int64_t at = first; at < last; at += rows.lanes) apply<T>(mine, channel, at);
+        typedef decltype(block) B;
+        const auto channel = table.get<B>(lane);
+        for (int64_t at = first; at < last; at += rows.lanes)
+          result(mine, channel, B(x + at), other ? B(other + at) : B())
+              .write(static_cast<T*>(mine.out()) + at);
       });
   });
 }

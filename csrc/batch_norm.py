@@ -39,21 +39,21 @@ def compiled(definition: Callable) -> Callable:
             )
             # without a residual, what ReLU lets through is computed again from x
             ctx.save_for_backward(x, weight, bias, mean, rstd, y if relu and adds else None)
-            ctx.rest = adds, momentum, eps, relu
+            ctx.options = adds, momentum, eps, relu
             return y
 
         @staticmethod
         def backward(ctx, dy):
             x, weight, bias, mean, rstd, y = ctx.saved_tensors
-            adds, momentum, eps, relu = ctx.rest
+            adds, momentum, eps, relu = ctx.options
             dresidual = dy if adds else None
             if torch.is_grad_enabled():  # create_graph=True
                 if y is not None:
                     dy = dresidual = torch.where(y <= 0, 0, dy)
                 z = definition(x, weight, bias, None, None, None, momentum, eps, relu and y is None)
-                wanted = [t for t in (x, weight, bias) if t.requires_grad]
-                found = iter(torch.autograd.grad(z, wanted, dy, create_graph=True))
-                grads = [next(found) if t.requires_grad else None for t in (x, weight, bias)]
+                inputs = [t for t in (x, weight, bias) if t.requires_grad]
+                some = iter(torch.autograd.grad(z, inputs, dy, create_graph=True))
+                grads = [next(some) if t.requires_grad else None for t in (x, weight, bias)]
             else:
                 dy = dy.contiguous(memory_format=channels_last)
                 *grads, masked = backward_op(dy, x, y, weight, bias, mean, rstd, relu)

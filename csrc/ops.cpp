@@ -1,8 +1,8 @@
 // The schemas of torch.ops.datadiet, the checks of their arguments, and the loops for the CPU.
 //
 // Only torch's stable ABI is included (torch 2.11 and newer): it compiles in 3 s where the full
-// headers take most of a minute. No result depends on the number of threads, on the memory's
-// alignment, or on which rows lie beside.
+// headers take most of a minute. No result depends on the number of threads, on the alignment of
+// memory, or on the other rows.
 #define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "batch_norm.h"
-#include "math.h"
+#include "formulas.h"
 
 namespace datadiet {
 
@@ -29,7 +29,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-bool on_card([[maybe_unused]] const Tensor& t) {
+bool on_gpu([[maybe_unused]] const Tensor& t) {
 #ifdef USE_CUDA
   return t.is_cuda();
 #else
@@ -37,8 +37,8 @@ bool on_card([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
-Tensor floats(const Tensor& beside, int64_t n) {
-  return torch::stable::new_empty(beside, {n}, ScalarType::Float);
+Tensor floats(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, ScalarType::Float);
 }
 
 // ---- checks -------------------------------------------------------------------------------------
@@ -72,24 +72,24 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// `shape` holds -1 where any size will do; the tensor must lie on the device of `beside`.
+// `shape` holds -1 where any size will do; the tensor must lie on the device of `like`.
 void expect(const char* argument, const Tensor& t, ScalarType type, Sizes shape,
-            const Tensor& beside, bool channels_last = false) {
+            const Tensor& like, bool channels_last = false) {
   const Sizes sizes = t.sizes();
-  if (t.scalar_type() == type && t.is_cpu() == beside.is_cpu() &&
-      t.get_device_index() == beside.get_device_index() &&
+  if (t.scalar_type() == type && t.is_cpu() == like.is_cpu() &&
+      t.get_device_index() == like.get_device_index() &&
       std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end(),
                  [](int64_t is, int64_t want) { return want < 0 || is == want; }) &&
       (channels_last ? is_channels_last(t) : t.is_contiguous()))
     return;
   expect(false, argument, " must be a ", channels_last ? "channels-last " : "contiguous ",
-         text(shape), " tensor of ", type, " on ", device(beside), ", got ", text(sizes), " ",
+         text(shape), " tensor of ", type, " on ", device(like), ", got ", text(sizes), " ",
          t.scalar_type(), t.is_contiguous() ? "" : " non-contiguous", " on ", device(t));
 }
 
-// Where the values can be read without waiting for a card, which takes care of them itself.
+// On the CPU; to read values of a GPU the host would wait, and its kernels check them themselves.
 void expect_range(const char* argument, const Tensor& t, int64_t limit) {
-  if (on_card(t)) return;
+  if (on_gpu(t)) return;
   const int64_t* const x = data<int64_t>(t);
   for (int64_t i = 0; i < t.numel(); ++i)
     if (x[i] < 0 || x[i] >= limit)
@@ -125,19 +125,26 @@ void run(const Sgd& a) {
       const uint8_t* const mask = a.mask + row * a.prunable + i;
       (masked ? sgd_span<true> : sgd_span<false>)(a, a.weights + at, a.momentum + at,
                                                   a.gradient + at, mask, n);
-      if (a.low)
-        for (int64_t j = at; j < at + n; ++j) put(a.low[j], a.weights[j]);
+      if (a.weights_bf16)
+        for (int64_t j = at; j < at + n; ++j) put(a.weights_bf16[j], a.weights[j]);
     }
   });
 }
 
 constexpr int ROWS = 32;  // rows side by side, one a vector lane: a row's sums are its own
 
+#ifdef __clang__
+#define SCALAR __attribute__((noinline))
+#define SCALAR_LOOP _Pragma("clang loop vectorize(disable)")
+#else
+#define SCALAR __attribute__((noinline, optimize("no-tree-vectorize")))
+#define SCALAR_LOOP
+#endif
+
 // Lanes past the end repeat the last row. Kept from the vectoriser, which would scatter.
-__attribute__((noinline, optimize("no-tree-vectorize"))) void transpose(const float* x,
-                                                                       int64_t classes, int n,
-                                                                       float (*to)[ROWS]) {
+SCALAR void transpose(const float* x, int64_t classes, int n, float (*to)[ROWS]) {
   for (int r = 0; r < ROWS; ++r)
+    SCALAR_LOOP
     for (int64_t c = 0; c < classes; ++c) to[c][r] = x[std::min(r, n - 1) * classes + c];
 }
 
@@ -215,33 +222,33 @@ void augment_loop(const Augment& a) {
   });
 }
 
-void run(const Augment& a) { (a.half ? augment_loop<bf16> : augment_loop<float>)(a); }
+void run(const Augment& a) { (a.is_bf16 ? augment_loop<bf16> : augment_loop<float>)(a); }
 
 constexpr int64_t CHUNKS = 4;  // of batch_norm.h, below which a thread of its own does not pay
 
 template <class Arguments>
 void run(const Arguments& a) {
   const auto chunks = [](int64_t n, const auto& body) { parallel_for(n, CHUNKS, body); };
-  a.half ? batch_norm_loop<bf16>(a, chunks) : batch_norm_loop<float>(a, chunks);
+  a.is_bf16 ? batch_norm_loop<bf16>(a, chunks) : batch_norm_loop<float>(a, chunks);
 }
 
 // ---- the operations -----------------------------------------------------------------------------
 
 template <class Arguments>
-void dispatch(const Arguments& a, const Tensor& beside) {
-  if (!on_card(beside)) return run(a);
+void dispatch(const Arguments& a, const Tensor& like) {
+  if (!on_gpu(like)) return run(a);
 #ifdef USE_CUDA
-  const auto index = beside.get_device_index();
+  const auto index = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   void* stream = nullptr;
   expect(!aoti_torch_get_current_cuda_stream(index, &stream), "no stream on device ", index);
-  const char* const why = launch(a, stream);
-  expect(!why, "CUDA: ", why);
+  const char* const error = launch(a, stream);
+  expect(!error, "CUDA: ", error);
 #endif
 }
 
 void masked_sgd_(Tensor weights, Tensor momentum, Tensor gradient, Tensor mask, Tensor lr,
-                 double mu, double weight_decay, std::optional<Tensor> low) {
+                 double mu, double weight_decay, std::optional<Tensor> weights_bf16) {
   expect("weights", weights, F32, {-1, -1}, weights);
   const Sizes shape = weights.sizes();
   expect("momentum", momentum, F32, shape, weights);
@@ -249,11 +256,12 @@ void masked_sgd_(Tensor weights, Tensor momentum, Tensor gradient, Tensor mask, 
   expect("mask", mask, ScalarType::Bool, {shape[0], -1}, weights);
   expect(mask.size(1) <= shape[1], "mask must be no wider than weights, got ", mask.size(1));
   expect("lr", lr, F32, {1}, weights);
-  if (low) expect("low", *low, BF16, shape, weights);
+  if (weights_bf16) expect("weights_bf16", *weights_bf16, BF16, shape, weights);
   if (weights.numel() == 0) return;
   dispatch(Sgd{data<float>(weights), data<float>(momentum), data<float>(gradient),
                data<uint8_t>(mask), data<float>(lr), float(mu), float(weight_decay),
-               low ? data<bf16>(*low) : nullptr, shape[0], shape[1], mask.size(1)},
+               weights_bf16 ? data<bf16>(*weights_bf16) : nullptr, shape[0], shape[1],
+               mask.size(1)},
            weights);
 }
 
@@ -326,10 +334,10 @@ void expect_images(const Tensor& x, std::initializer_list<std::pair<const char*,
   for (const auto& [argument, t] : others) expect(argument, t, type, x.sizes(), x, true);
 }
 
-Sums* partial_sums(std::optional<Tensor>& room, const Tensor& x) {
-  if (!on_card(x)) return nullptr;  // on the CPU the loops have their own
-  room = torch::stable::new_empty(x, {PARTS, x.size(1), 2}, ScalarType::Double);
-  return data<Sums>(*room);
+Sums* partial_sums(std::optional<Tensor>& scratch, const Tensor& x) {
+  if (!on_gpu(x)) return nullptr;  // on the CPU the loops have their own
+  scratch = torch::stable::new_empty(x, {PARTS, x.size(1), 2}, ScalarType::Double);
+  return data<Sums>(*scratch);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
@@ -348,12 +356,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(
   }
   const Tensor y = torch::stable::empty_like(x), mean = floats(x, channels),
                rstd = floats(x, channels);
-  std::optional<Tensor> room;
+  std::optional<Tensor> scratch;
   dispatch(BatchNorm{x.data_ptr(), residual ? residual->data_ptr() : nullptr, y.data_ptr(),
                      x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
                      running_mean ? data<float>(*running_mean) : nullptr,
                      running_var ? data<float>(*running_var) : nullptr, data<float>(mean),
-                     data<float>(rstd), partial_sums(room, x), x.numel() / channels, channels,
+                     data<float>(rstd), partial_sums(scratch, x), x.numel() / channels, channels,
                      momentum, eps, relu ? 0.0f : NAN},
            x);
   return {y, mean, rstd};
@@ -370,12 +378,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
   const Tensor dx = torch::stable::empty_like(x),
                dresidual = y ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0}),
                dweight = floats(x, channels), dbias = floats(x, channels);
-  std::optional<Tensor> room;
+  std::optional<Tensor> scratch;
   dispatch(BatchNormBackward{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr,
                              dx.data_ptr(), y ? dresidual.data_ptr() : nullptr,
                              x.scalar_type() == BF16, data<float>(weight), data<float>(bias),
                              data<float>(mean), data<float>(rstd), data<float>(dweight),
-                             data<float>(dbias), partial_sums(room, x), x.numel() / channels,
+                             data<float>(dbias), partial_sums(scratch, x), x.numel() / channels,
                              channels, relu ? 0.0f : NAN},
            x);
   return {dx, dweight, dbias, dresidual};
@@ -386,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
 STABLE_TORCH_LIBRARY(datadiet, m) {
   m.def(
       "masked_sgd_(Tensor(a!) weights, Tensor(b!) momentum, Tensor(c!) gradient, Tensor mask, "
-      "Tensor lr, float mu, float weight_decay, Tensor(d!)? low=None) -> ()");
+      "Tensor lr, float mu, float weight_decay, Tensor(d!)? weights_bf16=None) -> ()");
   m.def("example_losses(Tensor logits, Tensor labels) -> (Tensor, Tensor, Tensor)");
   m.def(
       "loss_barrier(Tensor middle, Tensor first, Tensor second, Tensor labels, float alpha=0.5) -> "

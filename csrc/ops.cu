@@ -1,11 +1,12 @@
-// The loops of ops.cpp, for CUDA: plain CUDA, no torch header (4 s for two cards; 170 s with them).
+// The loops of ops.cpp for CUDA: plain CUDA, no torch header (4 s for two architectures; 170 s with
+// them).
 //
 // Nothing here waits for the device or allocates; there are no atomics, so results do not vary from
 // run to run. Accesses are of 16 bytes where pointers and sizes allow, checked at run time. A label
 // or an index out of range is never followed: its results are NaN.
 #include <cuda_runtime.h>
 
-#include "math.h"
+#include "formulas.h"
 
 namespace datadiet {
 namespace {
@@ -36,25 +37,25 @@ __global__ void __launch_bounds__(THREADS) sgd_kernel(const Sgd a) {
   const float lr = a.lr[0];
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     const int64_t at = row * a.columns + i;
-    auto w = pack<V>(a.weights + at), m = pack<V>(a.momentum + at);
-    const auto g = pack<V>(a.gradient + at);
+    auto w = read_pack<V>(a.weights + at), m = read_pack<V>(a.momentum + at);
+    const auto g = read_pack<V>(a.gradient + at);
     Pack<uint8_t, V> alive;
     if (i < a.prunable) {
-      alive = pack<V>(a.mask + row * a.prunable + i);
+      alive = read_pack<V>(a.mask + row * a.prunable + i);
     } else {
 #pragma unroll
       for (int k = 0; k < V; ++k) alive.at[k] = 1;
     }
-    Pack<bf16, V> low;
+    Pack<bf16, V> rounded;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       sgd(w.at[k], m.at[k], g.at[k], alive.at[k] != 0, lr, a.mu, a.weight_decay);
-      put(low.at[k], w.at[k]);
+      put(rounded.at[k], w.at[k]);
     }
-    pack<V>(a.weights + at) = w;
-    pack<V>(a.momentum + at) = m;
-    pack<V>(a.gradient + at) = {};
-    if (a.low) pack<V>(a.low + at) = low;
+    write_pack<V>(a.weights + at, w);
+    write_pack<V>(a.momentum + at, m);
+    write_pack<V>(a.gradient + at, {});
+    if (a.weights_bf16) write_pack<V>(a.weights_bf16 + at, rounded);
   }
 }
 
@@ -174,7 +175,7 @@ const char* launch_augment(const Augment& a, cudaStream_t stream) {
 const char* launch(const Sgd& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const bool packed = a.columns % 4 == 0 && a.prunable % 4 == 0 && aligned(4, a.mask) &&
-                      aligned(8, a.low) && aligned(16, a.weights, a.momentum, a.gradient);
+                      aligned(8, a.weights_bf16) && aligned(16, a.weights, a.momentum, a.gradient);
   return packed ? launch_sgd<4>(a, s) : launch_sgd<1>(a, s);
 }
 
@@ -188,7 +189,7 @@ const char* launch(const Barrier& a, void* stream) {
 
 const char* launch(const Augment& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  return a.half ? launch_augment<bf16>(a, s) : launch_augment<float>(a, s);
+  return a.is_bf16 ? launch_augment<bf16>(a, s) : launch_augment<float>(a, s);
 }
 
 }  // namespace datadiet

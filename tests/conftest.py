@@ -6,7 +6,6 @@ import os
 # convolutions of oneDNN, which in torch 2.15 write out of bounds for 4 channels.
 os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 
-import signal
 import sys
 from pathlib import Path
 
@@ -25,13 +24,13 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_of_a_signal():
-    """What a test leaves noted or armed would end all of pytest in a later one."""
+    """What a test leaves noted would end all of pytest in a later one."""
     import runs
 
     yield
-    left = runs.signals.number, runs.signals.waits, signal.setitimer(signal.ITIMER_REAL, 0)[0]
+    left = runs.signals.number, runs.signals.waits
     runs.signals.number, runs.signals.waits = 0, False
-    assert left == (0, False, 0), "a signal, its deferral or its alarm was left behind"
+    assert left == (0, False), "a signal or its deferral was left behind"
 
 
 @pytest.fixture
@@ -66,30 +65,31 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture
-def pretended_card(request, monkeypatch):
-    """A card for which csrc is built if it can be, or, with the parameter "definitions", is not."""
+def simulated_cuda(request, monkeypatch):
+    """A simulated CUDA device for which csrc is built if it can be, or, with the parameter
+    "definitions", is not."""
     import inspect
     from types import SimpleNamespace
 
     import torch
-    from pretend_card import Card
+    from simulated_cuda import SimulatedCuda
 
-    import common
+    import engine
 
-    built, wanted = common.are_compiled(), getattr(request, "param", "any")
+    built, wanted = engine.are_compiled(), getattr(request, "param", "any")
     if wanted == "csrc" and not built:
         pytest.skip("no compiler: csrc is not built")
-    call = common.operations().batch_norm_relu
+    call = engine.operations().batch_norm_relu
     devices = inspect.getclosurevars(call).nonlocals["devices"] if built else []
     if wanted == "definitions":
-        plain = SimpleNamespace(**common.DEFINITIONS)
-        monkeypatch.setattr(common, "operations", lambda: plain)
-    caches = (common.cuda_streams, common.permutation)
+        plain = SimpleNamespace(**engine.DEFINITIONS)
+        monkeypatch.setattr(engine, "operations", lambda: plain)
+    caches = (engine.cuda_streams, engine.permutation)
     for cache in caches:
         cache.cache_clear()
     devices.append("cuda")
-    with Card(monkeypatch) as card, torch.autograd.set_multithreading_enabled(False):
-        yield card
+    with SimulatedCuda(monkeypatch) as device, torch.autograd.set_multithreading_enabled(False):
+        yield device
     devices.remove("cuda")
     for cache in caches:
         cache.cache_clear()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from test_csrc import DEVICE, SHIM, anywhere
 from torch import Tensor
 
-import common
 import csrc
+import engine
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++: nothing to test")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -18,12 +18,12 @@ SHAPES = [(2, 1, 1, 1), (3, 3, 5, 7), (5, 16, 9, 7), (3, 100, 9, 5), (4, 65, 3, 
 SHAPES += [(260, 1, 64, 32)]  # pixels for more blocks than PARTS
 SHAPES += [] if SHIM else [(4, 24, 33, 11), (33, 8, 31, 17), (64, 32, 4, 4), (7, 64, 5, 5)]
 CASES = list(itertools.product([False, True], [False, True]))  # with a residual, with ReLU
-definition = common.batch_norm_relu.definition
+definition = engine.batch_norm_relu.definition
 
 
 @pytest.fixture(scope="module")
 def op():
-    return csrc.load(common.DEFINITIONS).batch_norm_relu
+    return csrc.load(engine.DEFINITIONS).batch_norm_relu
 
 
 def draw(shape, dtype=F32, adds=True, mean=0.5, scale=2.0) -> list[Tensor | None]:
@@ -41,13 +41,16 @@ def draw(shape, dtype=F32, adds=True, mean=0.5, scale=2.0) -> list[Tensor | None
     return [x, weight, bias, *running, residual, dy]
 
 
-def results(op, arguments, relu, dtype=None, device="cpu") -> dict[str, Tensor]:
-    """y, the running statistics and all gradients."""
+def results(op, arguments, relu, dtype=None, device="cpu", copy=True) -> dict[str, Tensor]:
+    """y, the running statistics and all gradients. Without `copy` the images stay where they are,
+    if that is on `device`."""
     x, weight, bias, mean, var, residual, dy = (
-        None if t is None else t.to(device, dtype or t.dtype, copy=True) for t in arguments
+        None if t is None else t.to(device, dtype or t.dtype, copy=copy or t.dim() == 1)
+        for t in arguments
     )
     inputs = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    inputs = {k: t.requires_grad_() for k, t in inputs.items() if t is not None}
+    inputs = {k: t.detach().requires_grad_() for k, t in inputs.items() if t is not None}
+    x, weight, bias, residual = (inputs.get(k) for k in ("x", "weight", "bias", "residual"))
     y = op(x, weight, bias, mean, var, residual, 0.3, 1e-4, relu)
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
     out = {"y": y.detach(), "running_mean": mean, "running_var": var}
@@ -103,6 +106,19 @@ def test_a_mean_far_from_zero_and_an_outlier_cost_no_accuracy(op):
         for name in ("running_mean", "running_var"):
             error, theirs = ((r[name].double() - exact[name]).abs().max() for r in (ours, torchs))
             assert error <= max(2 * theirs, 1.2e-7 * exact[name].abs().max())
+
+
+@anywhere
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_same_bits_wherever_the_images_lie_in_memory(op, dtype):
+    arguments = draw((9, 20, 7, 5), dtype)
+    shifted = list(arguments)
+    for i in (0, 5, 6):
+        memory = torch.empty(arguments[i].numel() + 1, dtype=dtype, device=DEVICE)
+        shifted[i] = memory[1:].as_strided(arguments[i].shape, arguments[i].stride())
+        shifted[i].copy_(arguments[i])
+    a, b = (results(op, x, True, None, DEVICE, copy=False) for x in (arguments, shifted))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("shape", [(9, 16, 32, 32), (40, 24, 11, 33), (2, 64, 3, 3)])

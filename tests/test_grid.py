@@ -1,320 +1,303 @@
-"""The grid of run_all.sh against the panels of the paper, each figure of each data set exactly.
+"""grid.txt against the curves and points in paper/*.csv, and what grid.py makes of a table."""
 
-The table below is written from the texts (the NeurIPS version leads; figures by the numbers of
-figures.py) and from paper/*.csv. A line: stage, subset, sizes, @ steps, and what is unusual.
-"""
-
-import argparse
+import contextlib
 import csv
 import functools
-import importlib
-import itertools
-import os
+import io
+import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import common
+import grid
+
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = [f"fig{n}" for n in range(2, 14)]
-PAPERS = ("cifar10", "cifar100", "cinic10")
-
-# Sizes and steps as the figures' axes and legends have them.
-SIZES = {
-    "cifar10": "256,512,1024,2048,3200,6400,12800,25600",
-    "cifar100": "256,512,1024,2048,3200,6400",
-    "cinic10": "12800,25600,51200,102400",
-}
-WARMUPS = "100,200,400,600,800,1200,1600,2400,3200"
-
-# What curves are compared with: all data for 0, t*/2 and t* steps.
-BASE = {
-    "cifar10": "imp all @0,200,400",
-    "cifar100": "imp all @0,400,800",
-    "cinic10": "imp all @0,400,800",
-}
-EL2N = "el2n"  # wherever easy or hard examples are: Appendix A, K = 10
-# Figure 5 right, CINIC-10 (lmc_scatter.csv): easy and random for 200 and 400 steps, LMC-scored for
-# 400; sizes up to 51200. CIFAR-100's points are not public: its Figure 10 has these sizes.
-SCATTER100, SCATTER_CINIC = "512,1024,2048,3200", "12800,25600,51200"
-
-PANELS = {
-    # Figure 2: M = 3200, 2048, 51200 for t*/2 steps. CIFAR-10's easy subsets are class-balanced in
-    # the authors' figures and not in their text: both.
-    ("fig2", "cifar10"): [
-        EL2N,
-        BASE["cifar10"],
-        "imp easy,random,hard 3200 @200",
-        "imp easy 3200 @200 balance",
-    ],
-    ("fig2", "cifar100"): [EL2N, BASE["cifar100"], "imp easy,random,hard 2048 @400"],
-    ("fig2", "cinic10"): [EL2N, BASE["cinic10"], "imp easy,random,hard 51200 @400"],
-    # Figures 3 and 11: every size; CINIC-10 also for 200 steps, where t* = 400.
-    ("fig3", "cifar10"): [
-        EL2N,
-        BASE["cifar10"],
-        f"imp easy,random,hard {SIZES['cifar10']} @200",
-        f"imp easy {SIZES['cifar10']} @200 balance",
-    ],
-    ("fig3", "cifar100"): [
-        EL2N,
-        BASE["cifar100"],
-        f"imp easy,random,hard {SIZES['cifar100']} @400",
-    ],
-    ("fig3", "cinic10"): [
-        EL2N,
-        BASE["cinic10"],
-        "imp all @200",
-        f"imp easy,random,hard {SIZES['cinic10']} @400",
-        "imp easy,random,hard 12800,25600,51200 @200",
-    ],
-    # Figures 4 and 13: 10 % and 50 % of the labels redrawn, which at step 0 has done nothing; dense
-    # is the noisy network for t* steps.
-    ("fig4", "cifar10"): [
-        "el2n noise0.1,noise0.5",
-        "imp all @0",
-        "imp all @200,400 noise0.1,noise0.5",
-        "imp easy,random 3200 @200 noise0.1,noise0.5",
-    ],
-    ("fig13", "cifar10"): [
-        "el2n noise0.1,noise0.5",
-        "imp all @0",
-        "imp all @200,400 noise0.1,noise0.5",
-        "imp easy,random 512,1024,2048,3200 @200 noise0.1,noise0.5",
-    ],
-    # Figure 5: histograms of four configurations (a: CIFAR-100, b: CINIC-10); final accuracy of
-    # each replicate against its barrier. CIFAR-10's is ours.
-    ("fig5", "cifar10"): [EL2N, "lmc,imp all @0,200,400", "lmc,imp easy,random,hard 3200 @200"],
-    ("fig5", "cifar100"): [
-        EL2N,
-        "lmc all @0,400,800,1600",  # 1600 only for its scores
-        f"lmc,imp easy,random {SCATTER100} @400",
-        f"lmc,imp easy {SCATTER100} @400 by-lmc1600",
-        BASE["cifar100"],
-    ],
-    ("fig5", "cinic10"): [
-        EL2N,
-        "lmc all @200,400,800,1600",
-        "imp all @200,400,800",
-        f"lmc,imp easy,random {SCATTER_CINIC} @200,400",
-        f"lmc,imp easy {SCATTER_CINIC} @400 by-lmc800,by-lmc1600",
-    ],
-    # Figure 6: 8 replicates; windows of the ranking behind "medium-hard to hard data suffices".
-    ("fig6", "cifar10"): [
-        EL2N,
-        f"warmup all @0,{WARMUPS}",
-        f"warmup easy 5120,10240,25600 @{WARMUPS} balance",
-        f"warmup random,hard 5120,10240,25600 @{WARMUPS}",
-        f"warmup easy 10240 @{WARMUPS} plain,offset25000,offset37500,offset39760",
-    ],
-    # Figure 7 (7 of the later version): 1600 steps; both log accuracy on one easy subset.
-    ("fig7", "cifar100"): [
-        EL2N,
-        "pretrain all @1600 watch2048balanced",
-        "pretrain easy 2048 @1600 balance",
-    ],
-    # Figure 8 (7 of the NeurIPS version): the first 200 steps.
-    ("fig8", "cifar10"): [EL2N, "pretrain easy,random 25600 @200"],
-    # Figure 9 (8): w_tr of all data for t*/2 and t* steps, and of the easy subset. The paper shows
-    # CINIC-10; of the others the same is no further run.
-    ("fig9", "cifar10"): [EL2N, "imp all @200,400", "imp easy 3200 @200"],
-    ("fig9", "cifar100"): [EL2N, "imp all @400,800", "imp easy 2048 @400"],
-    ("fig9", "cinic10"): [EL2N, "imp all @400,800", "imp easy 51200 @400"],
-    # Figure 10 (9 and 10): LMC scores at 400, 800, 1600 against EL2N at 1600; pruning by those of
-    # 1600 (CIFAR-100), of 800 and 1600 (CINIC-10), beside easy by EL2N and random.
-    ("fig10", "cifar100"): [
-        "el2n plain,step1600",
-        "lmc all @400,800,1600",
-        BASE["cifar100"],
-        "imp easy,random 512,1024,2048,3200 @400",
-        "imp easy 512,1024,2048,3200 @400 by-lmc1600",
-    ],
-    ("fig10", "cinic10"): [
-        "el2n plain,step1600",
-        "lmc all @400,800,1600",
-        BASE["cinic10"],
-        f"imp easy,random {SIZES['cinic10']} @400",
-        f"imp easy {SIZES['cinic10']} @400 by-lmc800,by-lmc1600",
-    ],
-    # Figure 12 (12 of the later version): "for both scores, the subset was class-balanced".
-    ("fig12", "cifar10"): [
-        "el2n plain,forgetting",
-        BASE["cifar10"],
-        "imp easy 1024,2048,3200 @200 balance",
-        "imp easy 1024,2048,3200 @200 balance+by-forgetting",
-    ],
-}
-PANELS |= {("fig11", d): PANELS["fig3", d] for d in PAPERS}
-
-Command = tuple[str, str, int, int, frozenset[str]]  # stage, subset, size, step, what is unusual
+PAPER = ("cifar10", "cifar100", "cinic10")
+REPLICATES = {"imp": "0-3", "pretrain": "0-3", "lmc": "0-1", "warmup": "0-7", "el2n": None}
 
 
-def expand(lines: list[str]) -> set[Command]:
-    found = set()
-    for line in lines:
-        stages, *words = line.split()
-        step = [w for w in words if w[0] == "@"]
-        size = [w for w in words if w[0].isdigit()]
-        kind = [w for w in words if w.split(",")[0] in ("all", "easy", "random", "hard")]
-        more = [w for w in words if w not in (*step, *size, *kind)] or ["plain"]
-        columns = [stages, *(kind or [""]), *(size or ["0"]), *(step or ["@0"]), *more]
-        for s, k, m, t, w in itertools.product(*(c.lstrip("@").split(",") for c in columns)):
-            found.add((s, k, int(m), int(t), frozenset(w.split("+")) - {"plain"}))
+@functools.cache
+def listed(*flags: str) -> list[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        grid.main([*flags])
+    return printed.getvalue().splitlines()
+
+
+Run = tuple[str, str, str, int, int, float]  # stage, data set, subset, size, step, label noise
+
+
+def runs_of(*flags: str) -> list[tuple[Run, dict[str, str]]]:
+    """Of each command the part that identifies a curve of the paper, and all of its flags."""
+    found = []
+    for line in listed(*flags)[:-1]:
+        _, script, *words = shlex.split(line)
+        given = dict(w[2:].split("=", 1) if "=" in w else (w[2:], "") for w in words)
+        step = int(given.get("rewind", given.get("warmup", 0)))
+        size, noise = int(given.get("size", 0)), float(given.get("label-noise", 0))
+        run = (Path(script).stem, given["dataset"], given.get("subset", ""), size, step, noise)
+        found.append((run, given))
     return found
 
 
-@functools.cache
-def run(*args: str) -> subprocess.CompletedProcess:
-    command = ["bash", ROOT / "run_all.sh", "--list", *args]
-    env = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
+def rows(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((ROOT / "paper" / name).read_text().splitlines()))
 
 
-def read(line: str) -> tuple[str, Command, str]:
-    """(data set, what the line is in terms of the table, its replicates)."""
-    _, script, *words = shlex.split(line)
-    flags = dict(w[2:].split("=", 1) if "=" in w else (w[2:], "") for w in words)
-    known = {"dataset", "subset", "size", "rewind", "warmup", "replicate", "out", "data-dir"}
-    assert "preset" not in flags, line
-    step = int(flags.get("rewind", flags.get("warmup", 0)))
-    unusual = {"balance"} if "balance" in flags else set()
-    unusual |= {f"offset{flags['offset']}"} if flags.get("offset", "0") != "0" else set()
-    unusual |= {f"noise{flags['label-noise']}"} if "label-noise" in flags else set()
-    unusual |= {f"step{flags['score-step']}"} if "score-step" in flags else set()
-    unusual |= {flags["metric"]} if "metric" in flags else set()
-    if "easy-size" in flags:
-        unusual |= {f"watch{flags['easy-size']}" + "balanced" * ("easy-balance" in flags)}
-    if "scores" in flags:  # the folders are those of fake_python.py
-        stage, _, folder, _ = Path(flags["scores"]).parts[-4:]
-        made = {"metricforgetting-networks4": "forgetting"}.get(folder)
-        # LMC scores are those of children of networks pre-trained on all data.
-        unusual |= {"by-" + (made or stage + folder.removeprefix("subsetall-rewind"))}
-    known |= {"balance", "offset", "label-noise", "score-step", "metric", "easy-size"}
-    known |= {"easy-balance", "scores", "quiet", "networks"}
-    assert set(flags) <= known, line
-    subset, size = flags.get("subset", ""), int(flags.get("size", 0))
-    command = Path(script).stem, subset, size, step, frozenset(unusual)
-    return flags["dataset"], command, flags.get("replicate", "")
+# ---- the paper's curves and points ---------------------------------------------------------------
 
 
-@functools.cache
-def commands(*args: str) -> list[tuple[str, Command, str]]:
-    done = run(*args)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(set(lines)) and "figures.py" in lines[-1]
-    return [read(line) for line in lines[:-1]]
-
-
-@pytest.mark.parametrize("dataset", PAPERS)
-@pytest.mark.parametrize("figure", FIGURES)
-def test_a_figure_brings_exactly_its_panels(figure, dataset):
-    if (figure, dataset) not in PANELS:
-        done = run("--only", figure, "--dataset", dataset)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        return
-    found = commands("--only", figure, "--dataset", dataset)
-    assert {d for d, *_ in found} == {dataset}
-    have, expected = [c for _, c, _ in found], expand(PANELS[figure, dataset])
-    assert set(have) - expected == set(), "superfluous"
-    assert expected - set(have) == set(), "missing"
-    assert len(have) == len(expected), "a command is there twice"
-
-
-def test_nothing_else_is_run():
-    """The grid is the union of the panels; 4 replicates, 8 of warmup, 2 of barriers."""
-    found = commands()
-    expected = {(d, c) for (_, d), lines in PANELS.items() for c in expand(lines)}
-    assert {(d, c) for d, c, _ in found} == expected and len(found) == len(expected)
-    replicates = {"imp": "0-3", "pretrain": "0-3", "warmup": "0-7", "lmc": "0-1", "el2n": ""}
-    assert all(replicates[c[0]] == r for _, c, r in found)
-
-
-def rows(name: str) -> list[dict]:
-    with open(ROOT / "paper" / name, newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def test_every_published_curve_has_its_command():
-    """paper/*.csv, of which neither the script nor the table above was made by a program."""
-    wanted = set()
+def test_the_curves_of_pruning():
+    """imp_curves.csv: figures 2, 3, 11 have exactly its curves of clean labels, 4 and 13 those of
+    10 % noise and the same of 50 %, 12 those of forgetting scores; all with four replicates."""
+    published = set()
     for r in rows("imp_curves.csv"):
-        subset, noise, t = r["method"], float(r["label_noise"]), int(r["rewind_steps"])
-        unusual = {f"noise{noise:g}"} if noise and t else set()
-        if subset == "forgetting":
-            subset, unusual = "easy", {"balance", "by-forgetting"}
-        size = 0 if r["subset_size"] == "full" else int(r["subset_size"])
-        wanted.add((r["dataset"], ("imp", subset, size, t, frozenset(unusual))))
+        size, step = int(r["subset_size"].replace("full", "0")), int(r["rewind_steps"])
+        published.add(("imp", r["dataset"], r["method"], size, step, float(r["label_noise"])))
+    assert len(published) == 87
+    forgetting = {x for x in published if x[2] == "forgetting"}
+    noisy = {x for x in published if x[-1] and x[-2]}  # at step 0 noise has had no effect
+    clean = {x for x in published - forgetting if not x[-1]}
+
+    def pruned(*figures: str) -> list[tuple[Run, dict[str, str]]]:
+        found = [x for f in figures for x in runs_of("--only", f) if x[0][0] == "imp"]
+        assert {given["replicate"] for _, given in found} == {"0-3"}
+        return found
+
+    assert {run for run, _ in pruned("fig2", "fig3", "fig11")} == clean
+    wanted = noisy | {(*x[:-1], 0.5) for x in noisy}
+    assert {run for run, _ in pruned("fig4", "fig13") if run[4]} == wanted
+    found = [x for x in pruned("fig12") if "forgetting" in x[1].get("scores", "")]
+    assert {(*run[:2], "forgetting", *run[3:]) for run, _ in found} == forgetting
+    assert all("balance" in given for _, given in found)
+
+
+def test_balanced_and_unbalanced():
+    """Where the authors' curves are of balanced easy subsets, CIFAR-10's except for those that
+    skip part of the ranking, and Figure 7, both are run; elsewhere the text's alone."""
+    for figure in ("fig2", "fig3", "fig4", "fig6", "fig7", "fig8", "fig11", "fig13"):
+        for dataset in PAPER:
+            if figure == "fig7" or dataset == "cifar10":
+                with contextlib.suppress(grid.GridError):
+                    found = runs_of("--only", figure, "--dataset", dataset)
+                    easy = [x for x in found if x[0][2] == "easy" and "offset" not in x[1]]
+                    plain = [run for run, given in easy if "balance" not in given]
+                    assert sorted(plain) == sorted(run for run, g in easy if "balance" in g)
+                    assert plain
+    found = [g for run, g in runs_of() if run[1] != "cifar10" and run[0] != "pretrain"]
+    assert not [g for g in found if "balance" in g]
+
+
+def test_the_curves_of_warmup():
+    """warmup_curves.csv, but for the search for the peak rate."""
+    wanted = set()
     for r in rows("warmup_curves.csv"):
-        if r["experiment"] not in ("fig6", "rolling"):
+        if r["experiment"] == "lr_sweep":
             continue
-        subset, size = r["subset_type"].replace("score_window", "easy"), int(r["subset_size"])
+        assert r["n_replicates"] == "8"
+        subset = r["subset_type"].replace("score_window", "easy")
+        size = 0 if subset == "all" else int(r["subset_size"])
+        balanced = subset == "easy" and r["class_balanced"] == "True"
         offset = int(r["left_offset"] or 0)
-        unusual = {f"offset{offset}"} if offset else set()
-        if subset == "easy" and r["class_balanced"] == "True":
-            unusual.add("balance")  # random subsets always are
-        size = 0 if subset == "all" else size
-        t = int(r["warmup_steps"])
-        wanted.add(("cifar10", ("warmup", subset, size, t, frozenset(unusual))))
-    for r in rows("lmc_histograms.csv"):  # "random 25600, 200 it"
-        what, step = r["pretraining"].split(", ")
-        subset, size = what.split()
-        size = 0 if subset == "all" else int(size)
-        wanted.add((r["dataset"], ("lmc", subset, size, int(step.split()[0]), frozenset())))
-    assert len(wanted) > 150
-    assert wanted - {(d, c) for d, c, _ in commands()} == set()
+        wanted.add((subset, size, int(r["warmup_steps"]), balanced, offset))
+    found = {
+        (run[2], run[3], run[4], "balance" in given, int(given.get("offset", 0)))
+        for run, given in runs_of("--only", "fig6")
+        if run[0] == "warmup" and given["replicate"] == "0-7"
+    }
+    extra = {x for x in found - wanted if x[0] not in ("easy", "hard")}
+    assert not wanted - found and {x[2] for x in extra} == {0}  # no warmup, to compare with
 
 
-def test_the_points_of_figure_5():
-    """lmc_scatter.csv: as many points of each kind, two replicates each."""
-    points = [r["subset_method"] for r in rows("lmc_scatter.csv")]
-    found = [c for _, c, _ in commands("--only", "fig5", "--dataset", "cinic10")]
-    imps = {c[1:] for c in found if c[0] == "imp"}
-    drawn = [c for c in found if c[0] == "lmc" and c[1:] in imps]
-    kinds = ["lmc" if any("lmc" in u for u in c[4]) else c[1] for c in drawn]
-    for kind in ("all", "easy", "random", "lmc"):
-        assert 2 * kinds.count(kind) == points.count(kind), kind
-    for subset, size, t in (("random", 3200, 400), ("easy", 3200, 400), ("all", 0, 800)):
-        assert ("lmc", subset, size, t, frozenset()) in expand(PANELS["fig5", "cifar100"])
+def test_the_points_of_barriers():
+    """lmc_scatter.csv, two replicates a point and step, and the four histograms of CINIC-10;
+    NeurIPS Figure 5a names those of CIFAR-100."""
+    found = runs_of("--only", "fig5", "--dataset", "cinic10")
+    pruned = [(run[1:], given.get("scores")) for run, given in found if run[0] == "imp"]
+    points = []
+    for run, given in found:
+        if run[0] == "lmc" and (run[1:], given.get("scores")) in pruned:
+            assert given["replicate"] == "0-1"
+            kind = "lmc" if "/lmc/" in given.get("scores", "") else run[2]
+            points += [kind] * 2
+    assert sorted(points) == sorted(r["subset_method"] for r in rows("lmc_scatter.csv"))
+    histograms = {(r["dataset"], r["pretraining"]) for r in rows("lmc_histograms.csv")}
+    histograms |= {("cifar100", f"all data, {t} it") for t in (400, 800)}
+    histograms |= {("cifar100", "random 3200, 400 it"), ("cifar100", "easy 2048, 400 it")}
+    commands = {run for run, _ in runs_of("--only", "fig5")}
+    for dataset, what in histograms:
+        (subset, size), step = what.split(", ")[0].split(), int(what.split(", ")[1].split()[0])
+        size = int(size.replace("data", "0"))
+        assert ("lmc", dataset, subset, size, step, 0.0) in commands
 
 
-def stages(*args: str) -> list[tuple[str, argparse.Namespace]]:
-    """(stage, its arguments) of every line, read by the stage's own parser."""
-    lines = [shlex.split(line)[1:] for line in run(*args).stdout.splitlines()]
-    names = [(Path(script).stem, rest) for script, *rest in lines]
-    return [
-        (name, importlib.import_module(name).flags().parse_args(rest))
-        for name, rest in names
-        if name != "figures"
+def test_the_rate_of_pretraining():
+    """0.1, 0.2 and 0.4 at t*, of which the presets have the one that the paper chose."""
+    for dataset in PAPER:
+        preset = common.PRESETS[dataset]
+        found = runs_of("--only", "prelr", "--dataset", dataset)
+        rates = sorted(float(g.get("pretrain-lr", preset.pretrain_lr)) for _, g in found)
+        assert rates == [0.1, 0.2, 0.4]
+        assert {run[2:] for run, _ in found} == {("all", 0, 2 * preset.rewind, 0.0)}
+
+
+def test_replicates_and_spread():
+    assert all(REPLICATES[run[0]] == given.get("replicate") for run, given in runs_of())
+    alone = {
+        (run[0], run[2] == "all", given["replicate"])
+        for run, given in runs_of("--spread", "--only", "fig5", "--dataset", "cinic10")
+        if run[0] != "el2n"
+    }
+    singles = {("imp", x, str(k)) for x in (True, False) for k in range(4)}
+    singles |= {("lmc", False, str(k)) for k in range(2)}
+    assert alone == singles | {("lmc", True, "0-1")}  # these make scores: a mean over replicates
+
+
+# ---- what the stages say about the commands ------------------------------------------------------
+
+
+@functools.cache
+def planned(*flags: str) -> list[tuple[str, str, str]]:
+    """(wave, folder, folder of the command that makes its scores)."""
+    lines = [line.split("\t") for line in listed("--plan", "--out", "nowhere", *flags)][:-1]
+    return [(x[0], x[2], "" if x[3] == "-" else lines[int(x[3])][2]) for x in lines]
+
+
+def test_scores_are_made_first():
+    """In an earlier wave and for the same --only, wherever examples are ranked; no folder is made
+    by two commands; every stage accepts its flags."""
+    for flags in ((), ("--quick",), ("--dataset", "digits")):
+        tasks, commands = planned(*flags), runs_of(*flags)
+        waves = {folder: wave for wave, folder, _ in tasks}
+        assert len(waves) == len(tasks) == len(commands)
+        for (wave, _, maker), (run, given) in zip(tasks, commands, strict=True):
+            ranked = run[2] in ("easy", "hard") or run[0] == "pretrain"
+            assert bool(maker) == ranked and (not maker or waves[maker] < wave)
+            assert f"{maker}/".startswith(str(Path(given.get("scores", "/")).parent)[8:])
+    figures = [f"fig{n}" for n in range(2, 14)] + ["prelr"]
+    for figure in figures:
+        assert planned("--quick", "--only", figure)
+        assert len(planned("--only", figure)) == len(runs_of("--only", figure))
+        for _, folder, maker in planned("--only", figure):
+            known = {f: m for _, f, m in planned()}
+            assert known[folder] == maker
+
+
+def test_fig9_alone_needs_errors_after_projection():
+    """And no run is listed with and without --projected."""
+    found = [(run, given) for run, given in runs_of() if "projected" in given]
+    assert {run for run, _ in found} == {x for x, _ in runs_of("--only", "fig9") if x[0] == "imp"}
+    assert all(given.get("balance") is None for _, given in found)
+
+
+def test_cost(tmp_path, monkeypatch):
+    """Steps of pruning in closed form; hours by the median of measured rates; gigabytes of
+    real networks."""
+    monkeypatch.chdir(tmp_path)
+    lines = {x.split()[0]: x.split()[1:] for x in listed("--cost", "--rate", "10")}
+    preset = common.PRESETS["cifar100"]
+    steps = 0
+    for run, _ in runs_of("--dataset", "cifar100"):
+        if run[0] == "imp":
+            steps += 4 * (run[4] + (preset.levels + 1) * (preset.steps - run[4]))
+    count = len([run for run, _ in runs_of("--dataset", "cifar100") if run[0] == "imp"])
+    hours = f"{steps / (10 * 18 / 30) / 3600:.1f}"
+    assert lines["imp/cifar100-resnet32"][:4] == [str(count), str(4 * count), str(steps), hours]
+    for k, (seconds, rate) in enumerate([(5, 9), (5, 18), (8, 30)]):
+        folder = tmp_path / f"results/imp/cifar100-resnet32/all/rep{k}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"settings": {"batch_size": 64}}))
+        level = {"level": 0, "seconds": seconds, "steps_per_second": rate}
+        (folder / "result.json").write_text(json.dumps({"levels": [level]}))
+    (tmp_path / "results/imp/cifar100-resnet32/all/rep9").mkdir()
+    assert grid.rates(tmp_path / "results") == {"cifar100-resnet32": 64 * 18}
+    listed.cache_clear()
+    lines = {x.split()[0]: x.split()[1:] for x in listed("--cost")}
+    assert lines["imp/cifar100-resnet32"][3] == f"{steps * 128 / (64 * 18) / 3600:.1f}"
+    assert lines["all"][3] == "-"
+    for depth, width, channels, classes in ((20, 16, 3, 10), (8, 4, 1, 7)):
+        state = common.ResNet(depth, width, channels, classes).state_dict()
+        size = sum(x.numel() * x.element_size() for x in state.values())
+        size += sum(x.numel() for x in state.values() if x.ndim > 1)  # the mask
+        assert grid.bytes_of_network(depth, width, channels, classes) == size
+
+
+# ---- the format ----------------------------------------------------------------------------------
+
+
+def expand(tmp_path: Path, text: str, *flags: str) -> list[str]:
+    path = tmp_path / "grid.txt"
+    path.write_text(text)
+    listed.cache_clear()
+    lines = listed("--grid", str(path), "--python", "py", *flags)
+    return [x.replace(" --out=results --data-dir=data", "") for x in lines]
+
+
+def test_alternatives_additions_and_merging(tmp_path):
+    text = """
+    + * *            --width=4
+    + imp b          --levels=3 --width=8
+    2 fig2 imp a|b   --subset=easy --size=1|2 |--balance   # a comment
+    1 fig3 el2n a
+    1 fig3 el2n a    --label-noise=0.5
+    3 fig4 imp a     --subset=easy --size=1 --projected
+    2 fig5 lmc a     --subset=all
+    """
+    a = ["--size=1 --projected", "--size=1 --balance", "--size=2", "--size=2 --balance"]
+    b = ["--size=1", *a[1:]]
+    lines = expand(tmp_path, text)
+    assert lines == [
+        "py el2n.py --dataset=a --width=4",
+        "py el2n.py --dataset=a --label-noise=0.5 --width=4",
+        *(f"py imp.py --dataset=a --subset=easy {x} --width=4" for x in a),
+        "py lmc.py --dataset=a --subset=all --width=4",
+        *(f"py imp.py --dataset=b --subset=easy {x} --width=8 --levels=3" for x in b),
+        "py figures.py --out=results",
     ]
+    only = expand(tmp_path, text, "--only", "fig4")
+    assert only == [lines[0], lines[2], "py figures.py fig4 --out=results"]
+    assert expand(tmp_path, text, "--wave", "4") == lines[-1:]
+    assert len(expand(tmp_path, text, "--wave", "2", "--dataset", "b")) == 4
 
 
-def test_every_flag_exists():
-    """And of the digits there is something of every stage, subset and figure."""
-    assert len(stages()) == len(commands())
-    quick = stages("--quick")
-    assert {s for s, _ in quick} == {"el2n", "imp", "lmc", "pretrain", "warmup"}
-    assert {a.dataset for _, a in quick} == {"digits"}
-    assert {a.subset for s, a in quick if s == "imp"} == {"all", "easy", "random", "hard"}
-    assert {a.replicate for s, a in quick if s != "el2n"} == {(0, 1)}
-    for figure in FIGURES:
-        assert len(run("--quick", "--only", figure).stdout.splitlines()) > 2, figure
+def test_a_folder_of_images_takes_the_runs_of_a_preset(tmp_path):
+    text = "2 fig2 imp cifar100 --scores=RESULTS/lmc/cifar100-resnet32/all/scores.npy\n"
+    flags = ["--dataset", str(tmp_path), "--preset", "cifar100", "--out", "o"]
+    command, figures = expand(tmp_path, text, *flags)
+    scores = f"--scores=o/lmc/{tmp_path.name}-resnet32/all/scores.npy"
+    assert {f"--dataset={tmp_path}", "--preset=cifar100", scores} <= {*shlex.split(command)}
+    assert figures == f"py figures.py --dataset={tmp_path.name} --out=o"
 
 
-def test_waves():
-    """EL2N and forgetting scores; what needs these or none; what needs LMC scores."""
-    waves = [[read(x) for x in run("--wave", k).stdout.splitlines()] for k in "123"]
-    assert sorted(map(str, itertools.chain(*waves))) == sorted(map(str, commands()))
-    assert {c[0] for _, c, _ in waves[0]} == {"el2n"}
-    by_lmc = [x for x in commands() if any(u.startswith("by-lmc") for u in x[1][4])]
-    assert sorted(map(str, waves[2])) == sorted(map(str, by_lmc))
-    assert [line.split()[1] for line in run("--wave", "4").stdout.splitlines()] == ["figures.py"]
+def test_mistakes_in_a_grid_name_the_line(tmp_path):
+    for wrong in ("2 fig2 train digits", "two fig2 imp digits", "2 fig2", "+ imp", "2 a imp 'd"):
+        with pytest.raises(grid.GridError, match=r"grid.txt, line 2: not `wave figures stage"):
+            expand(tmp_path, f"# a grid\n{wrong}\n")
+    late = "1 a el2n digits\n1 a imp digits --subset=easy --size=64\n"
+    with pytest.raises(grid.GridError, match="not in a later wave than what makes its scores: imp"):
+        expand(tmp_path, late, "--plan")
+    with pytest.raises(grid.GridError, match=r"imp .*--size=-1 .*: argument --size"):
+        expand(tmp_path, "2 a imp digits --size=-1", "--plan")
 
 
-def test_spread():
-    """A command for each replicate, except of children whose scores are a mean over replicates."""
-    found = commands("--spread", "--only", "fig5", "--dataset", "cinic10")
-    assert {r for _, c, r in found if c[0] == "imp"} == set("0123")
-    assert {r for _, c, r in found if c[:2] == ("lmc", "all")} == {"0-1"}
-    assert {r for _, c, r in found if c[0] == "lmc" and c[1] != "all"} == {"0", "1"}
+def test_the_half_size_grid():
+    """paper/ours/half: pruning of 6 starts and 2 balanced ones, and of 5 under label noise."""
+    path = str(ROOT / "paper/ours/half/grid.txt")
+    found = [run for run, _ in runs_of("--grid", path)]
+    assert [sum(run[0] == x for run in found) for x in ("el2n", "imp", "lmc")] == [2, 13, 6]
+    tasks = planned("--grid", path)
+    ranked = [maker for _, _, maker in tasks if maker]
+    assert len(ranked) == 8 and sum("noise0.5" in maker for maker in ranked) == 2
+
+
+def test_a_list_imports_no_torch_and_no_plan_matplotlib():
+    code = "import sys, grid; {}; grid.main(sys.argv[1:])"
+    for without, flags in (("torch", ["--list"]), ("matplotlib", ["--cost", "--quick"])):
+        command = code.format(f"sys.modules['{without}'] = None")
+        done = subprocess.run(
+            [sys.executable, "-c", command, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout, done.stderr

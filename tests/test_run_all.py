@@ -1,4 +1,4 @@
-"""run_all.sh (its grid: test_grid.py): the shell's pitfalls, failures, Ctrl-C, a real Slurm."""
+"""run_all.sh: where it runs, failures, signals, a real Slurm. Its table of runs: test_grid.py."""
 
 import os
 import shlex
@@ -11,46 +11,52 @@ from pathlib import Path
 
 import pytest
 
-import common
 import runs
 
-ROOT = Path(common.__file__).resolve().parent
-SCRIPT = ROOT / "run_all.sh"
-REAL = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-FAKE = {**os.environ, "PYTHON": str(ROOT / "tests/fake_python.py")}
-# A run of the embedded digits to be interrupted in its only level.
-SMALL = ["--width=4", "--batch-size=16"]
-LONG = f"""extra=({" ".join(SMALL)} --steps=800) levels=0 R=0
-use digits digits
-imp fig2 all - 0
-"""
-FOLDER = "imp/digits-resnet8x4/all-rewind0-steps800-batch16/rep0"
-SHELL = "-o $(touch pwned) `touch pwned` 'q\" ;touch pwned; é"  # a name that is never run
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+SHELL = "-o $(touch pwned) `touch pwned` 'q\" ;touch pwned; é"  # a name that must not be executed
 # One run that fails, on which one depends, and one that succeeds, on which one depends.
-FAMILY = """use digits digits
-lmc fig2 all - 20; good=$made
-lmc fig2 random 13 20; bad=$made
-scores=$bad imp fig2 easy 30 20
-scores=$good imp fig2 easy 40 20
+GOOD, BAD = "lmc/digits-resnet8/all", "lmc/digits-resnet8/random-13"
+CHILD = "imp/digits-resnet8/easy-40"
+FAMILY = f"""
+2 fig2 lmc digits --subset=all
+2 fig2 lmc digits --subset=random --size=13
+3 fig2 imp digits --subset=easy --size=30 --scores=RESULTS/{BAD}/scores.npy
+3 fig2 imp digits --subset=easy --size=40 --scores=RESULTS/{GOOD}/scores.npy
 """
-GOOD, BAD = "lmc/digits/subsetall-rewind20", "lmc/digits/subsetrandom-size13-rewind20"
-CHILD = "imp/digits/subseteasy-size40-rewind20-subsetall-rewind20"
+LONG, WAITING = "imp/digits-resnet8/hard-14", "imp/digits-resnet8/hard-15"
 
 
-def run(*args: object, env: dict = FAKE, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = ["bash", SCRIPT, *map(str, args)]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def project(tmp_path):
+    """A copy of run_all.sh and grid.py whose stages are tests/fake_stage.py: project(FLAG...)."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("el2n", "imp", "lmc", "pretrain", "warmup", "figures"):
+        shutil.copy(ROOT / "tests/fake_stage.py", folder / f"{name}.py")
+    for name in ("run_all.sh", "grid.py", "grid.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "runs.py").write_text("class UserError(Exception): pass\n")
 
+    def run(*words, grid="", env=ENV, cwd=folder, script=folder / "run_all.sh", **more):
+        (folder / "own.txt").write_text(grid)
+        flags = [*(["--grid", folder / "own.txt"] if grid else []), *words]
+        command = ["bash", script, *map(str, flags)]
+        if more.pop("wait", True):
+            return subprocess.run(
+                command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+            )
+        return subprocess.Popen(command, env=env, cwd=cwd, stderr=-1, text=True, **more)
 
-def grid(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "grid.sh"
-    path.write_text(text)
-    return path
+    run.folder = folder
+    return run
 
 
 def calls(out: Path) -> list[list[str]]:
-    """[folder, CUDA_VISIBLE_DEVICES] of each stage that the fake Python ran."""
-    return [line.split() for line in (out / "calls").read_text().splitlines()]
+    """[folder, CUDA_VISIBLE_DEVICES] of each stage that ran."""
+    path = out / "calls"
+    return [x.rsplit(" ", 1) for x in path.read_text().splitlines()] if path.exists() else []
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -60,157 +66,126 @@ def wait_for(condition, seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> str:
-    """Fingerprint of the network that LONG's run trains when nothing interrupts it."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    flags = ["--steps=800", "--subset=all", "--rewind=0", "--levels=0", "--quiet", "--out", out]
-    command = [sys.executable, ROOT / "imp.py", *flags, *SMALL]
-    subprocess.run(command, check=True, env=REAL, cwd=ROOT)
-    return trained(out / FOLDER)
-
-
-def trained(folder: Path) -> str:
-    return runs.fingerprint(runs.read_tensors(folder / "level00.pt")["model"])
-
-
-# ---- commands ------------------------------------------------------------------------------------
+# ---- where it is called --------------------------------------------------------------------------
 
 
 def test_shellcheck():
-    if not shutil.which("shellcheck"):
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not found:
         pytest.skip("shellcheck is not installed")
-    files = [SCRIPT, *map(ROOT.joinpath, (".ci/run", "bench/card.sh", "paper/ours/half/grid.sh"))]
-    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    files = [ROOT / name for name in ("run_all.sh", "bench/card.sh", ".ci/run")]
+    files = [f for f in files if f.exists()]
+    done = subprocess.run([found, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_mistakes_are_one_line():
+def test_it_finds_itself(project, tmp_path):
+    """With CDPATH set, and through relative and absolute symbolic links."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/runs").symlink_to("../project/run_all.sh")
+    (tmp_path / "link").symlink_to(tmp_path / "bin/runs")
+    for script in ("project/run_all.sh", "bin/runs", "link"):
+        for env in (ENV, ENV | {"CDPATH": f".:/:{tmp_path}"}):
+            done = project("--list", "--only=fig2", cwd=tmp_path, script=script, env=env)
+            command = shlex.split(done.stdout.splitlines()[0])
+            assert command[:2] == [sys.executable, str(project.folder / "el2n.py")], done.stderr
+
+
+def test_it_finds_a_python_with_torch(project, tmp_path):
+    """PYTHON alone, else an active environment, .venv beside the script, python3, python."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "nproc", "readlink"):
+        (tools / name).symlink_to(shutil.which(name))
+    python = tmp_path / "env/bin/python"
+    for path, exits in ((tools / "python3", 1), (python, 0)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = f'exec {sys.executable} "$@"' if exits == 0 else "exit 1"
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    for env, said in (
+        ({}, "tried .venv/bin/python python3 python. PYTHON="),
+        ({"PYTHON": "python3"}, "tried python3. PYTHON="),
+        ({"VIRTUAL_ENV": "/gone"}, "tried /gone/bin/python .venv/bin/python python3 python."),
+    ):
+        done = project("--list", env={"PATH": str(tools), **env})
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert said in done.stderr
+    env = {"PATH": str(tools), "VIRTUAL_ENV": str(tmp_path / "env")}
+    assert project("--list", env=env).stdout.startswith(f"{python} el2n.py")
+    python.parent.parent.rename(project.folder / ".venv")
+    assert project("--list", env=env).stdout.startswith(".venv/bin/python el2n.py")
+
+
+def test_a_tilde_is_the_home_folder(project, tmp_path):
+    env = ENV | {"HOME": "/home/me"}
+    for flag in (["--out=~/x"], ["--out", "~/x/"], ["--data-dir=~"]):
+        last = project("--list", *flag, "--only=fig2", env=env).stdout.splitlines()[0]
+        assert {"--out=/home/me/x", "--data-dir=/home/me"} & {*last.split()}, last
+
+
+def test_mistakes_are_one_line(project):
     """Beside those of test_mistakes.py."""
     for wrong in (
         ["--only", "fig2,fig99"],
         ["--only", "fig7", "--dataset", "cifar10"],
         ["--out", "two\nlines"],
+        ["--wave", "5"],
+        ["--slurm", "--rate", "0"],
     ):
-        done = run("--list", *wrong)
+        done = project("--list", *wrong)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), wrong
-
-
-def test_a_folder_of_images_takes_a_grid(tmp_path):
-    lines = run("--list", "--dataset", tmp_path, "--preset", "cifar100", "--only", "fig2").stdout
-    assert lines.count(f"--dataset={tmp_path} --preset=cifar100 ") == 7
-    last = ["fig2", f"--dataset={tmp_path.name}", "--out=results"]
-    assert lines.splitlines()[-1].split()[2:] == last
-
-
-def test_the_half_size_grid():
-    """paper/ours/half/grid.sh: pruning and children of six starts, three by scores of its own."""
-    lines = run("--list", "--grid", "paper/ours/half/grid.sh").stdout.splitlines()
-    assert ["el2n.py" in x for x in lines] == [True] + 13 * [False]
-    assert sum("imp.py" in x and "--prune-fraction=0.65" in x for x in lines) == 6
-    assert sum("lmc.py" in x and "--replicate=2-3" in x for x in lines) == 6
-    ranked = [x for x in lines if "--subset=easy" in x or "--subset=hard" in x]
-    assert ranked == [x for x in lines if "--scores=" in x] and len(ranked) == 4
-
-
-def test_cost_is_table_1():
-    """Network-steps in closed form from common.PRESETS. CIFAR-10: 54 curves rewind to step 200, 3
-    to 400, 1 to 0; CIFAR-100: 23 to 400; CINIC-10: 10 to 200, 21 to 400."""
-    lines = run("--cost", "--out", "nowhere", env=REAL).stdout.splitlines()
-    cost = {x[0]: x[1:4] for x in map(str.split, lines)}
-    for model, counts in (
-        ("cifar10-resnet20", {200: 54, 400: 3, 0: 1}),
-        ("cifar100-resnet32", {400: 23, 800: 1, 0: 1}),
-        ("cinic10-resnet56", {200: 10, 400: 21, 0: 1, 800: 1}),
-    ):
-        p, n = common.PRESETS[model.split("-")[0]], sum(counts.values())
-        steps = sum(n * 4 * (t + (p.levels + 1) * (p.steps - t)) for t, n in counts.items())
-        assert cost[f"imp/{model}"] == [str(n), str(4 * n), str(steps)]
-    p = common.PRESETS["cifar10"]  # clean, 10 % and 50 % noise, and forgetting
-    assert cost["el2n/cifar10-resnet20"][2] == str(3 * 10 * p.score_step + 4 * p.steps)
-    assert cost["warmup/cifar10-resnet20"] == ["127", "1016", str(1016 * 7840)]
 
 
 # ---- on this machine -----------------------------------------------------------------------------
 
 
-def test_a_failure_stops_only_what_needs_it(tmp_path):
-    path, out = grid(tmp_path, FAMILY), tmp_path / "o"
-    done = run("--grid", path, "--out", out, "--jobs", "2", "--gpus", "4,7")
+def test_a_failure_blocks_only_what_needs_it(project, tmp_path):
+    """Two GPUs and two at a time; names that the shell could execute; again, only what failed."""
+    out = tmp_path / SHELL
+    flags = {"grid": FAMILY, "cwd": tmp_path}
+    done = project("--out", SHELL, "--jobs", "2", "--gpus", "4,7", **flags)
     assert done.returncode == 1
-    failed, log, waits, needed = done.stdout.splitlines()[-4:]
+    drawn, failed, log, blocked, needed = done.stdout.splitlines()
+    assert drawn == f"drawn --out={SHELL}"
     assert failed.startswith("FAILED  ") and "--size=13" in failed
-    assert waits.startswith("WAITS   ") and "--size=30" in waits
-    assert needed.endswith(f"for: {BAD}/rep0-1")
-    assert "13 brings bad luck" in Path(log.split("log: ")[1]).read_text()
+    assert blocked.startswith("BLOCKED ") and "--size=30" in blocked
+    assert needed.endswith(f"by: {BAD}")
+    assert "13 brings bad luck" in (tmp_path / log.split("log: ")[1]).read_text()
     found = dict(calls(out))
     assert set(found) == {GOOD, BAD, CHILD} and {found[GOOD], found[BAD]} == {"4", "7"}
-    assert "drawn --out=" in done.stdout
-    done = run("--grid", path, "--out", out)
+    done = project("--out", SHELL, **flags)
     assert "2 runs to do, 2 finished before" in done.stderr
-    assert [x[0] for x in calls(out)[3:]] == [BAD], "only what failed runs again"
-
-
-def test_el2n_scores_that_fail_stop_what_ranks_by_them(tmp_path):
-    text = "use digits digits\nel2n ''\nimp fig2 easy 30 20\nimp fig2 random 30 20\n"
-    done = run("--grid", grid(tmp_path, text), "--out", tmp_path / "o")
-    assert done.returncode == 0
-    (tmp_path / "p/el2n/digits").mkdir(parents=True)
-    (tmp_path / "p/el2n/digits/el2n").touch()  # a file where the folder should be
-    done = run("--grid", tmp_path / "grid.sh", "--out", tmp_path / "p", "--jobs", "3")
-    assert done.returncode == 1
-    words = [x.split()[0] for x in done.stdout.splitlines()]
-    assert words == ["drawn", "FAILED", "log:", "WAITS", "for:"]
-    assert done.stderr.count("start") == 2, "the random subset needs no scores"
-
-
-def heed_ctrl_c() -> None:
-    """What a shell started in the background ignores, its children ignore."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_ctrl_c_saves_and_goes_on(tmp_path, undisturbed):
-    """Also where the name of a folder is full of shell; and a line of --list is a command."""
-    flags = ["--grid", grid(tmp_path, LONG), "--only", "fig2", "--out", SHELL]
-    here, folder = {"env": REAL, "cwd": tmp_path}, tmp_path / SHELL / FOLDER
-    pipes = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
-    with subprocess.Popen(["bash", SCRIPT, *flags], **here, **pipes) as p:
-        wait_for((folder / "pretrained.pt").exists)
-        time.sleep(0.5)
-        p.send_signal(signal.SIGINT)
-        _, messages = p.communicate(timeout=60)
-    assert p.returncode == 130 and "goes on from here" in messages
-    runs.lock(folder / ".lock").__enter__()  # nobody holds it: the child has ended
-    assert (folder / "checkpoint.pt").exists() and not (folder / "level00.pt").exists()
-    again = run(*flags, **here)
-    assert again.returncode == 0 and "1 runs to do" in again.stderr, again.stderr
-    assert trained(folder) == undisturbed
-    [line, last] = run("--list", *flags, **here).stdout.splitlines()
-    assert shlex.split(last)[1:] == [str(ROOT / "figures.py"), "fig2", f"--out={SHELL}"]
+    assert [x[0] for x in calls(out)[3:]] == [BAD]
+    line = project("--list", "--out", SHELL, **flags).stdout.splitlines()[0]
     command = ["bash", "-c", f"printf '%s\\n' {line}"]
-    said = subprocess.run(command, **here, capture_output=True, text=True).stdout
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     assert said.splitlines() == shlex.split(line) and f"--out={SHELL}" in said
-    run("--grid", grid(tmp_path, FAMILY), "--out", SHELL + "2", cwd=tmp_path)
-    assert {x[0] for x in calls(tmp_path / (SHELL + "2"))} == {GOOD, BAD, CHILD}
-    assert {p.name for p in tmp_path.iterdir()} == {SHELL, SHELL + "2", "grid.sh"}
+    assert not list(tmp_path.rglob("pwned"))
 
 
-def test_term_stops_the_children(tmp_path):
-    path = grid(tmp_path, "use digits digits\nimp fig2 random 14 20\n")
-    command = ["bash", SCRIPT, "--grid", path, "--out", tmp_path / "o"]
-    with subprocess.Popen(command, env=FAKE, stderr=subprocess.PIPE) as p:
-        wait_for((tmp_path / "o/calls").exists)
-        p.terminate()
-        p.communicate(timeout=20)  # far sooner than the child would end
-    assert p.returncode == 143
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_runs(project, tmp_path, sent, status):
+    """They save their state, and the same command resumes them."""
+    grid, folder = "2 fig2 imp digits --subset=hard --size=14\n", LONG
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with project("--out", tmp_path, grid=grid, wait=False, **heed) as p:
+        wait_for((tmp_path / folder).exists)
+        time.sleep(0.3)
+        p.send_signal(sent)
+        _, messages = p.communicate(timeout=20)
+    assert p.returncode == status and "resumes" in messages
+    assert (tmp_path / folder / "saved").exists() and not (tmp_path / folder / "done").exists()
+    assert project("--out", tmp_path, grid=grid).returncode == 0
+    assert (tmp_path / folder / "done").exists()
 
 
 # ---- on a real Slurm -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """A private one-node Slurm with four pretended cores; what it adds to an environment."""
+def slurm():
+    """A private one-node Slurm of four cores; what it adds to an environment."""
     up = Path(os.environ.get("SLURM_UP") or ROOT.parent / "shared/slurm/up.sh")
     if not up.exists():
         pytest.skip(f"no {up} to start a Slurm with (SLURM_UP names it)")
@@ -221,73 +196,133 @@ def slurm(tmp_path_factory):
     done = subprocess.run([up, folder], env=env, capture_output=True)
     if done.returncode:
         pytest.skip(f"Slurm does not start: {done.stderr.decode().strip()[-200:]}")
-    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    more = "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+    more += "PartitionName=urgent Nodes=ALL PriorityTier=9\n"
+    with open(folder / "slurm.conf", "a") as f:
+        f.write(more)
+    slurm = {"SLURM_CONF": str(folder / "slurm.conf")}
+    ask(slurm, "scontrol", "reconfigure")
+    yield slurm
     subprocess.run([up.with_name("down.sh"), folder], capture_output=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def queue(slurm: dict) -> list[str]:
-    command = ["squeue", "-h", "-r", "-o", "%i %T"]
+def ask(slurm: dict, *command: str) -> list[str]:
     done = subprocess.run(command, env=os.environ | slurm, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_slurm_failing_parent_and_second_submission(slurm, tmp_path):
-    path, out = grid(tmp_path, FAMILY), tmp_path / "o u't"
+def queue(slurm: dict) -> dict[str, tuple[str, str]]:
+    """ARRAY_ELEMENT -> (job id, state)."""
+    rows = (x.split() for x in ask(slurm, "squeue", "-h", "-r", "-o", "%i %A %T"))
+    return {element: (job, state) for element, job, state in rows}
+
+
+def test_slurm_failed_scores_and_a_second_submission(slurm, project, tmp_path):
+    out = tmp_path / "o u't"
     out.mkdir()
-    args = ["--slurm", "--grid", path, "--out", out, "--partition", "main", "--time", "5"]
-    done = run(*args, env=FAKE | slurm)
-    assert done.returncode == 0, done.stderr
+    flags = ["--slurm", "--out", out, "--partition", "main", "--time", "5"]
+    done = project(*flags, grid=FAMILY, env=ENV | slurm)
     assert "4 runs submitted" in done.stdout and "2 runs" in done.stdout.splitlines()[0]
     wait_for(lambda: not queue(slurm))
     assert sorted(x[0] for x in calls(out)) == sorted([GOOD, BAD, CHILD])  # the other cancelled
-    again = run(*args, env=FAKE | slurm).stdout
+    assert "drawn" in (out / "slurm/figures.log").read_text()
+    again = project(*flags, grid=FAMILY, env=ENV | slurm).stdout
     assert "2 runs submitted, 0 queued before, 2 finished" in again and f"again: {BAD}" in again
     wait_for(lambda: not queue(slurm))
-    text = FAMILY.replace("random 13", "random 15")
-    done = run("--slurm", "--grid", grid(tmp_path, text), "--out", out, env=FAKE | slurm)
-    assert "2 runs submitted, 0 queued before, 2 finished" in done.stdout
+
+
+TWO = "2 fig2 imp digits --subset=hard --size=15\n2 fig2 imp digits --subset=hard --size=14\n"
+
+
+def start_two(slurm, project, out: Path) -> tuple[str, str]:
+    """Two elements of one array: LONG, whose job id is that of the array, and WAITING."""
+    said = project("--slurm", "--out", out, grid=TWO, env=ENV | slurm).stdout
+    job = said.split()[1].rstrip(":")
+    wait_for(lambda: len(calls(out)) == 2)
+    return f"{job}_1", f"{job}_0"
+
+
+def test_slurm_an_element_requeues_itself_alone(slurm, project, tmp_path):
+    """At the signal before the time limit (here by scancel); submitted again, nothing happens."""
+    element, other = start_two(slurm, project, tmp_path)
+    jobs = {x: job for x, (job, _) in queue(slurm).items()}
+    assert jobs[element] == element.split("_")[0] != jobs[other]
+    ask(slurm, "scancel", "--batch", "--signal=USR1", element)
+    wait_for(lambda: queue(slurm)[element][1] == "PENDING")
+    assert (tmp_path / LONG / "saved").exists() and queue(slurm)[other][1] == "RUNNING"
+    again = project("--slurm", "--out", tmp_path, grid=TWO, env=ENV | slurm).stdout
+    assert again == "0 runs submitted, 2 queued before, 0 finished\n"
+    (tmp_path / "go").touch()
     wait_for(lambda: not queue(slurm))
-    done = run("--slurm", "--grid", path, "--out", out, env=FAKE | slurm)
-    assert done.stdout.strip() == "0 runs submitted, 0 queued before, 4 finished"
+    started = [x[0] for x in calls(tmp_path)]
+    assert (started.count(LONG), started.count(WAITING)) == (2, 1)
+    assert all((tmp_path / folder / "done").exists() for folder in (LONG, WAITING))
+    log = (tmp_path / f"slurm/{element}.log").read_text()
+    assert log.count("# 20") == 2, "one log of both attempts"
 
 
-def start_long_run(slurm: dict, tmp_path: Path) -> tuple[Path, str]:
-    """(folder, job) of LONG's run, in the middle of a level."""
-    args = ["--slurm", "--grid", grid(tmp_path, LONG), "--out", tmp_path / "o"]
-    assert "1 runs submitted" in run(*args, env=REAL | slurm).stdout
-    folder = tmp_path / "o" / FOLDER
-    wait_for((folder / "pretrained.pt").exists)
-    time.sleep(0.5)
-    [job] = [x.split()[0] for x in queue(slurm) if "RUNNING" in x]
-    return folder, job
-
-
-def wait_for_requeue(slurm: dict, folder: Path, job: str) -> None:
-    wait_for(lambda: any(x.startswith(job) and "PENDING" in x for x in queue(slurm)))
-    wait_for((folder / "checkpoint.pt").exists, 20)
-    assert not (folder / "level00.pt").exists()
-
-
-def test_slurm_requeue_within_a_level(slurm, tmp_path, undisturbed):
-    """Requeued in the middle of a level, a run ends with the bits of an undisturbed one; submitting
-    again meanwhile does nothing."""
-    folder, job = start_long_run(slurm, tmp_path)
-    subprocess.run(["scontrol", "requeue", job], env=os.environ | slurm, check=True)
-    wait_for_requeue(slurm, folder, job)
-    args = ["--slurm", "--grid", tmp_path / "grid.sh", "--out", tmp_path / "o"]
-    assert "0 runs submitted, 1 queued before" in run(*args, env=REAL | slurm).stdout
+def test_slurm_scancel_preemption_and_a_failing_node(slurm, project, tmp_path):
+    """Cancelled, a run saves its state and stays away; the others are queued again."""
+    element, other = start_two(slurm, project, tmp_path)
+    ask(slurm, "scancel", element)
+    wait_for(lambda: element not in queue(slurm))
+    assert (tmp_path / LONG / "saved").exists()
+    ask(slurm, "sbatch", "-p", "urgent", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    wait_for(lambda: queue(slurm)[other][1] == "PENDING")
+    assert (tmp_path / WAITING / "saved").exists()
+    wait_for(lambda: queue(slurm)[other][1] == "RUNNING")
+    wait_for(lambda: len(calls(tmp_path)) == 3)
+    [node] = ask(slurm, "sinfo", "-h", "-p", "main", "-o", "%n")
+    ask(slurm, "scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    wait_for(lambda: queue(slurm)[other][1] == "PENDING")
+    resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
+    subprocess.run(resume, env=os.environ | slurm, capture_output=True)  # unless it is back already
+    (tmp_path / "go").touch()
     wait_for(lambda: not queue(slurm))
-    [log] = (tmp_path / "o/slurm").glob(f"{job}.log")
-    assert log.read_text().count("# 20") == 2, "one log of both attempts"
-    assert trained(folder) == undisturbed
+    assert [x[0] for x in calls(tmp_path)].count(WAITING) == 3
+    assert (tmp_path / WAITING / "done").exists()
 
 
-def test_slurm_saves_before_the_time_limit(slurm, tmp_path):
-    """The signal before the limit makes a run save itself and queue again (sent here by hand)."""
-    folder, job = start_long_run(slurm, tmp_path)
-    command = ["scancel", "--batch", "--signal=USR1", job]
-    subprocess.run(command, env=os.environ | slurm, check=True)
-    wait_for_requeue(slurm, folder, job)
-    subprocess.run(["scancel", "--user", "root"], env=os.environ | slurm)
+def test_a_time_limit_that_leaves_no_time(project, tmp_path):
+    """An element that is stopped in its first minute three times is not queued a fourth time."""
+    jobs = tmp_path / "jobs"
+    jobs.write_text(
+        f"{sys.executable} imp.py --dataset=digits --subset=hard --size=14 --out={tmp_path}\n"
+    )
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho scontrol $*\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    env = ENV | {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    env |= {"PATH": f"{tmp_path}:{ENV['PATH']}"}
+    for restarts, said in (("2", "scontrol requeue 7_0"), ("3", "--time")):
+        saved = tmp_path / LONG / "saved"
+        saved.unlink(missing_ok=True)
+        started = len(calls(tmp_path))
+        env |= {"SLURM_RESTART_COUNT": restarts}
+        with project("--task", jobs, env=env, wait=False, stdout=-1) as p:
+            wait_for(lambda n=started: len(calls(tmp_path)) > n)
+            time.sleep(0.3)
+            p.send_signal(signal.SIGUSR1)
+            printed = "".join(p.communicate(timeout=20))
+        assert said in printed and saved.exists()
+
+
+def test_slurm_requeue_gives_the_same_bits(slurm, tmp_path):
+    """A real run, requeued in the middle of a level, and one that is never interrupted."""
+    small = "--width=4 --batch-size=16 --steps=400 --levels=0 --rewind=0 --subset=all --replicate=0"
+    (tmp_path / "grid.txt").write_text(f"2 fig2 imp digits {small}\n")
+    level = "imp/digits-resnet8x4/all-rewind0-steps400-batch16/rep0/level00.pt"
+    alone = [sys.executable, ROOT / "imp.py", *small.split(), "--quiet", "--out", tmp_path / "a"]
+    subprocess.run(alone, check=True, env=ENV, cwd=ROOT)
+    flags = ["--slurm", "--grid", tmp_path / "grid.txt", "--out", tmp_path / "b"]
+    command = ["bash", ROOT / "run_all.sh", *flags]
+    subprocess.run(command, check=True, env=ENV | slurm, cwd=ROOT)
+    wait_for((tmp_path / "b" / level).with_name("pretrained.pt").exists)
+    time.sleep(0.2)
+    [element] = [x for x, (_, state) in queue(slurm).items() if state == "RUNNING"]
+    ask(slurm, "scancel", "--batch", "--signal=USR1", element)
+    wait_for((tmp_path / "b" / level).with_name("checkpoint.pt").exists, 20)
     wait_for(lambda: not queue(slurm))
+    first, second = (runs.read_tensors(tmp_path / x / level)["model"] for x in "ab")
+    assert all(first[k].equal(second[k]) for k in first) and first.keys() == second.keys()

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import common  # noqa: E402
+import engine  # noqa: E402
 import runs  # noqa: E402
 
 SMALL = ("--width", "4", "--batch-size", "32", "--steps", "40", "--milestones", "30")
@@ -55,6 +55,7 @@ CASES = {  # name -> stage and flags, short enough to be killed often
     "--every 10",
 }
 SHORT = {"imp": "--rewind 4 --levels 1 --steps 12 --milestones 9", "el2n": "--score-step 16"}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 VARIES = {"seconds", "steps_per_second", "sha256", "environments", "run", "file"}
 
 
@@ -220,6 +221,12 @@ def crash(at: int, count: Path | None = None) -> None:
 
         usual_write(path, fill_and_die)
 
+    def append(path: Path, data: bytes) -> None:
+        point()
+        usual_append(path, data[: len(data) // 2])
+        point()
+        usual_append(path, data[len(data) // 2 :])
+
     def replace(*paths) -> None:
         point()
         usual_replace(*paths)
@@ -230,8 +237,9 @@ def crash(at: int, count: Path | None = None) -> None:
             point()
         usual_unlink(path, missing_ok)
 
-    usual_write, usual_replace, usual_unlink = runs.write, os.replace, Path.unlink
-    runs.write, os.replace, Path.unlink = write, replace, unlink
+    usual_write, usual_append = runs.write, runs.append
+    usual_replace, usual_unlink = os.replace, Path.unlink
+    runs.write, runs.append, os.replace, Path.unlink = write, append, replace, unlink
 
 
 def refuse(at: int, number: int) -> None:
@@ -291,14 +299,14 @@ def kills(cases: list[Case], draw: random.Random, count: int, until: float | Non
 
 
 def signals(cases: list[Case], draw: random.Random, count: int) -> str:
-    """SIGTERM and SIGINT at random times and in the middle of a random step: the conventional
+    """Signals at random times and in the middle of a random step: the conventional
     status within 5 s; in a step, with a checkpoint."""
     sent, longest, saved, turn = 0, 0.0, 0, itertools.cycle(cases)
     while sent < count:
         case = next(turn)
         out = case.place / f"{case.name}-stopped"
         while True:
-            number = draw.choice((signal.SIGTERM, signal.SIGINT))
+            number = draw.choice(SIGNALS)
             in_step = sent < count and draw.random() < 0.5
             hook = (lambda n=number: raise_in_step(n, draw.randrange(30))) if in_step else None
             pid = case.start(out, hook or (lambda: None), "--checkpoint-every", "1e9")
@@ -313,6 +321,10 @@ def signals(cases: list[Case], draw: random.Random, count: int) -> str:
                 break
             if status != 128 + number:
                 raise Failed(f"{case.name}: status {status} after signal {number}")
+            last = case.log.read_text().splitlines()[-1]
+            sentence = f".py: interrupted by {signal.Signals(number).name}; "
+            if sentence not in last or not last.endswith(("command resumes", "saved yet")):
+                raise Failed(f"{case.name}: after signal {number}: {last}")
             sent += 1
             if in_step:
                 if not list(out.rglob("checkpoint.pt")):
@@ -330,14 +342,14 @@ def signals(cases: list[Case], draw: random.Random, count: int) -> str:
 
 def raise_in_step(number: int, step: int) -> None:
     """Lets this process send itself a signal in its training step number `step`."""
-    augment, seen = common.augment, itertools.count()
+    augment, seen = engine.augment, itertools.count()
 
     def augment_and_raise(*args, **kwargs):
         if next(seen) == step:
             os.kill(os.getpid(), number)
         return augment(*args, **kwargs)
 
-    common.augment = augment_and_raise
+    engine.augment = augment_and_raise
 
 
 def one_line(text: str, *needles: str) -> None:
@@ -472,14 +484,16 @@ def crowd(place: Path, size: int) -> str:
 
 
 def slow_decoding() -> None:
-    decode_image = common.decode_image
+    import loading
 
-    @functools.wraps(decode_image)
+    pixels_of = loading.pixels_of
+
+    @functools.wraps(pixels_of)
     def slowly(*args, **kwargs):
         time.sleep(0.05)
-        return decode_image(*args, **kwargs)
+        return pixels_of(*args, **kwargs)
 
-    common.decode_image = slowly
+    loading.pixels_of = slowly
 
 
 def long_life(place: Path, short: bool) -> str:
@@ -553,7 +567,7 @@ def main() -> int:
         if allowed.returncode == 0:
             os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
     torch.set_num_threads(1)
-    common.operations()  # built once, before the forks
+    engine.operations()  # built once, before the forks
     for stage in {words.split()[0] for words in CASES.values()}:
         __import__(stage)
     draw, place = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="torture-"))

@@ -1,19 +1,19 @@
-"""The CUDA path of the engine and of every stage without a card, on that of pretend_card.py."""
+"""The CUDA path of the engine and of every stage without a GPU, on simulated_cuda.py."""
 
 import json
-import math
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pretend_card import CARD, Stream
+from simulated_cuda import DEVICE, Stream
 from test_gpu import finish, training
 from torture import pictures
 
-import common
+import engine
 import runs
 
 SMALL = ("--width", 4, "--batch-size", 32, "--steps", 12, "--milestones", 9)
@@ -21,8 +21,8 @@ SUBSET = ("--subset", "random", "--size", 32)
 
 
 @pytest.fixture
-def card(pretended_card):
-    return pretended_card
+def gpu(simulated_cuda):
+    return simulated_cuda
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("case", STAGES)
-def test_every_stage_gives_the_numbers_of_the_cpu(card, stage, tmp_path, capsys, case):
+def test_every_stage_gives_the_numbers_of_the_cpu(gpu, stage, tmp_path, capsys, case):
     name, *flags = STAGES[case].split()
     flags = [*SMALL, *(SUBSET if name != "el2n" else ()), "--precision", "fp32", *flags]
     flags += ["--dataset", pictures(tmp_path), "--data-dir", tmp_path]
@@ -48,8 +48,8 @@ def test_every_stage_gives_the_numbers_of_the_cpu(card, stage, tmp_path, capsys,
         flags += ["--scores", tmp_path / "mine.npy", "--track", "gradient-norm,coherence,accuracy"]
     for device in ("cuda:0", "cpu"):
         stage(name, *flags, "--device", device, out=tmp_path / device[:4])
-    assert "going on without" not in capsys.readouterr().err
-    assert card.replays and not any(graph.races for graph in card.graphs)
+    assert "continuing without" not in capsys.readouterr().err
+    assert gpu.replays and not any(graph.races for graph in gpu.graphs)
     files = [p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.*")]
     for file in (f for f in files if f.suffix in (".pt", ".npy", ".json")):
         agree(*(read(tmp_path / device / file) for device in ("cuda", "cpu")), str(file))
@@ -79,27 +79,27 @@ def agree(a, b, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pretended_card", "first", "further"),
+    ("simulated_cuda", "first", "further"),
     [("csrc", 118, 111), ("definitions", 195, 177)],
-    indirect=["pretended_card"],
+    indirect=["simulated_cuda"],
 )
-def test_launches_of_a_step_do_not_creep_up(pretended_card, first, further):
+def test_launches_of_a_step_do_not_creep_up(simulated_cuda, first, further):
     """ResNet-20 in bfloat16: operations that are not views, each a launch or more."""
     for rows in (1, 2):
-        finish(training("graph", "bf16", range(rows), stop=4, depth=20))
-    counts = [len(graph.launches) for graph in pretended_card.graphs]
+        finish(training(precision="bf16", rows=range(rows), stop=4, depth=20))
+    counts = [len(graph.launches) for graph in simulated_cuda.graphs]
     assert counts[0] <= first and counts[1] - counts[0] <= further, counts
 
 
-def test_rows_are_parallel_branches_of_streams_made_once(card):
+def test_rows_are_parallel_branches_of_streams_made_once(gpu):
     for rows in (1, 4, 4):
-        finish(training("graph", "bf16", range(rows), stop=4))
-        assert card.made <= 32
-    one, *others = card.graphs
+        finish(training(precision="bf16", rows=range(rows), stop=4))
+        assert gpu.made <= 32
+    one, *others = gpu.graphs
     for graph in others:
         assert len(graph.launches) > 3 * one.depth and graph.depth == one.depth
         assert not graph.races
-    pool = common.cuda_streams(CARD)
+    pool = engine.cuda_streams(DEVICE)
     assert len({stream.id for stream in pool}) == len(pool)  # the first captures: no branch's
 
 
@@ -117,36 +117,36 @@ HOST_READS = {
 
 
 @pytest.mark.parametrize("kind", HOST_READS)
-def test_a_step_that_waits_for_the_device_is_noticed(card, capsys, kind):
+def test_a_step_that_waits_for_the_device_is_noticed(gpu, capsys, kind):
     def watch(networks, row, step, indices, logits):
         HOST_READS[kind](logits)
 
-    finish(training("graph", stop=5, watch=watch))
-    assert "CUDA graph failed, going on without" in capsys.readouterr().err
-    assert card.replays == 0
+    finish(training(stop=5, watch=watch))
+    assert "CUDA graph failed, continuing without" in capsys.readouterr().err
+    assert gpu.replays == 0
 
 
-def test_operands_on_two_devices_are_noticed(card):
-    t = training("graph", stop=2)
+def test_operands_on_two_devices_are_noticed(gpu):
+    t = training(stop=2)
     t.data.shift = t.data.shift.cpu()
     with pytest.raises(RuntimeError, match="operands on two devices"):
         finish(t)
 
 
-def test_accesses_that_no_event_orders_are_noticed(card):
-    x, streams = torch.zeros(4, device=CARD), [Stream(1), Stream(2)]
+def test_accesses_that_no_event_orders_are_noticed(gpu):
+    x, streams = torch.zeros(4, device=DEVICE), [Stream(1), Stream(2)]
     for second, races in (((slice(0, 2)), 1), (slice(2, 4), 0)):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=card.pool[0]):
+        with torch.cuda.graph(graph, stream=gpu.pool[0]):
             for stream, part in zip(streams, (slice(0, 2), second), strict=True):
-                with common.beside(stream):
+                with engine.on_stream(stream):
                     x[part].add_(1)
         assert len(graph.races) >= races and bool(graph.races) == bool(races)
 
 
-def test_the_convolutions_of_a_step_are_timed_in_graphs(card, monkeypatch, capsys):
+def test_the_convolutions_of_a_step_are_timed_in_graphs(gpu, monkeypatch, capsys):
     """bench/conv.py: every pass of every layer, exact and fast, but the gradient of the images."""
-    monkeypatch.syspath_prepend(common.HERE / "bench")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
     import conv
 
     words = "--depth 8 --width 4 --batch-size 2 --side 8 --repeats 1 --device cuda:0"
@@ -154,9 +154,9 @@ def test_the_convolutions_of_a_step_are_timed_in_graphs(card, monkeypatch, capsy
     assert sums.keys() == {"exact", "fast"} and all(min(x.values()) > 0 for x in sums.values())
     lines = capsys.readouterr().out.splitlines()
     assert [int(x.split()[0]) for x in lines[2:-2]] == [1, 2, 1, 1, 1, 1, 1, 1]
-    assert len(card.graphs) == 2 * 3 * 8 and not any(graph.races for graph in card.graphs)
+    assert len(gpu.graphs) == 2 * 3 * 8 and not any(graph.races for graph in gpu.graphs)
     backward, seen = "aten.convolution_backward.default", []
-    for graph in card.graphs:
+    for graph in gpu.graphs:
         seen.append({(str(function), str(args[-1])) for function, args, *_ in graph.tape})
     one_layer = [{("aten.convolution.default", "1")}]  # of one group, its last argument
     one_layer += [{(backward, mask)} for mask in ("[True, False, False]", "[False, True, False]")]
@@ -166,7 +166,7 @@ def test_the_convolutions_of_a_step_are_timed_in_graphs(card, monkeypatch, capsy
 # ---- signals -------------------------------------------------------------------------------------
 
 
-def test_a_signal_while_the_host_waits_saves_a_checkpoint(card, tmp_path, monkeypatch):
+def test_a_signal_while_the_host_waits_saves_a_checkpoint(gpu, tmp_path, monkeypatch):
     """SIGTERM in each wait for the device; the command again ends with the same numbers."""
     import pretrain
 
@@ -186,7 +186,7 @@ def test_a_signal_while_the_host_waits_saves_a_checkpoint(card, tmp_path, monkey
         [path] = out.rglob("result.json")
         return json.loads(path.read_text())["pretrain"]["fingerprint"]
 
-    card.wait = wait
+    gpu.wait = wait
     expected, count = run(tmp_path / "undisturbed"), len(waits)
     assert count >= 4 and all(waits)  # before the capture, for tables in flight, at the end
     for number in (0, 1, count - 1):
@@ -197,4 +197,3 @@ def test_a_signal_while_the_host_waits_saves_a_checkpoint(card, tmp_path, monkey
         assert list((tmp_path / str(number)).rglob("checkpoint.pt"))
         at[0] = None
         assert run(tmp_path / str(number)) == expected
-    assert math.isclose(signal.getitimer(signal.ITIMER_REAL)[0], 0)

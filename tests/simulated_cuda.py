@@ -1,10 +1,10 @@
-"""A CUDA device that is none: its tensors say "cuda:0", hold values and compute them on the CPU.
+"""A simulated CUDA device: its tensors say "cuda:0", and are computed on the CPU.
 
-It refuses what a card refuses: operands on two devices and, while a graph is being captured, what
-the host would wait for. As on a card, an operation that is captured is not carried out, and replay
-carries out what was captured, on the same memory, whatever the host has done since. Of a capture it
-counts the launches, measures their longest chain, and notes every two accesses to one place of
-memory, one of them a write, that no event orders.
+It refuses what CUDA refuses: operands on two devices and, while a graph is being captured, whatever
+the host would wait for. As in CUDA, a captured operation is not executed, and replay executes what
+was captured, on the same memory, whatever the host has done since. Of a capture it counts the
+launches, measures their longest chain, and records every two accesses to the same memory, one of
+them a write, that no event orders.
 """
 
 import contextlib
@@ -13,30 +13,31 @@ from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal}
 COPIES, INDEXED = {aten._to_copy, aten.copy_}, {aten.index, aten.index_put_}
 VIEWS = {aten.detach, aten.alias, aten.lift_fresh, aten._unsafe_view}
 EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
-CARD = torch.device("cuda", 0)
-PROPERTIES = {torch.Tensor.device.__get__: CARD, torch.Tensor.is_cuda.__get__: True}
+NAME, DEVICE = "simulated", torch.device("cuda", 0)
+PROPERTIES = {torch.Tensor.device.__get__: DEVICE, torch.Tensor.is_cuda.__get__: True}
 
 
-class OnCard(torch.Tensor):
-    """A tensor on the card; `held` is its memory. Below Python it says "meta": torch asks real
-    drivers for "cuda"."""
+class SimulatedTensor(torch.Tensor):
+    """A tensor on the device; its values are in `host`. Below Python it says "meta": for "cuda"
+    torch asks a real driver."""
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor):
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
+    def __new__(cls, host: torch.Tensor):
+        layout = {"strides": host.stride(), "storage_offset": host.storage_offset()}
         make = torch.Tensor._make_wrapper_subclass
-        self = make(cls, held.shape, **layout, dtype=held.dtype, device="meta")
-        self.held = held
+        self = make(cls, host.shape, **layout, dtype=host.dtype, device="meta")
+        self.host = host
         return self
 
     def __repr__(self) -> str:
-        return f"OnCard({self.held})"
+        return f"SimulatedTensor({self.host})"
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -47,44 +48,36 @@ class OnCard(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs or {})
         if function == torch.Tensor.data.__set__:
-            args[0].held = args[1].held
+            args[0].host = args[1].host
         return result
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return Card.here.carry_out(function, args, kwargs or {})
-
-
-def mapped(function: Callable, tree):
-    """`tree`, of tuples, lists and dicts, with each tensor x replaced by function(x)."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(mapped(function, x) for x in tree)
-    return {k: mapped(function, x) for k, x in tree.items()} if isinstance(tree, dict) else tree
+        return SimulatedCuda.active.execute(function, args, kwargs or {})
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    mapped(found.append, tree)
-    return found
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def held(tree):
-    return mapped(lambda x: x.held if isinstance(x, OnCard) else x, tree)
+def on_host(tree):
+    return tree_map_only(SimulatedTensor, lambda x: x.host, tree)
 
 
-def written(function, args, kwargs) -> list[OnCard]:
-    """The tensors that a call writes into: marked in its schema, or running statistics."""
+def written_tensors(function, args, kwargs) -> list[SimulatedTensor]:
+    """What a call writes into: marked in its schema, or running statistics."""
     arguments = function._schema.arguments
     given = [*zip(arguments, args, strict=False)]
     given += [(a, kwargs[a.name]) for a in arguments if a.name in kwargs]
     unmarked = ("running_mean", "running_var") if "batch_norm" in function.__name__ else ()
     marked = [x for a, x in given if (a.alias_info and a.alias_info.is_write) or a.name in unmarked]
-    return [x for x in tensors_in(marked) if isinstance(x, OnCard)]
+    return [x for x in tensors_in(marked) if isinstance(x, SimulatedTensor)]
 
 
 class Stream:
+    """`depth` is the longest chain of launches up to here, `known` how many launches of each stream
+    this one is ordered after."""
+
     def __init__(self, number: int | str):
         self.id, self.depth, self.known = number, 0, defaultdict(int)
 
@@ -102,7 +95,7 @@ class Event:
         pass
 
     def synchronize(self) -> None:
-        Card.here.synchronize()
+        SimulatedCuda.active.synchronize()
 
 
 class Graph:
@@ -110,22 +103,22 @@ class Graph:
         self.tape, self.launches, self.races, self.depth = [], [], [], 0
 
     def replay(self) -> None:
-        Card.here.replays += 1
+        SimulatedCuda.active.replays += 1
         for function, args, kwargs, fresh in self.tape:
             again = tensors_in(function(*args, **kwargs))
-            for k, place in fresh.items():
-                place.copy_(again[k])
+            for k, memory in fresh.items():
+                memory.copy_(again[k])
 
 
-class Card(TorchDispatchMode):
-    """The device. `wait` is called wherever the host waits for work in hand; `made` counts streams,
-    of which torch has 32 that it deals in turn."""
+class SimulatedCuda(TorchDispatchMode):
+    """The device. `wait` is called wherever the host waits for it; `made` counts streams, of which
+    torch has 32 that it deals in turn."""
 
-    here: "Card"
+    active: "SimulatedCuda"
 
     def __init__(self, monkeypatch):
         super().__init__()
-        Card.here = self
+        SimulatedCuda.active = self
         self.wait: Callable[[], None] = lambda: None
         self.pool, self.made, self.replays = [Stream(k) for k in range(32)], 0, 0
         self.current, self.capturing, self.strict = Stream("main"), None, False
@@ -133,7 +126,7 @@ class Card(TorchDispatchMode):
         for name, value in {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
-            "get_device_name": lambda *_: "a pretended card",
+            "get_device_name": lambda *_: NAME,
             "set_device": lambda *_: None,
             "device": lambda *_: contextlib.nullcontext(),
             "synchronize": self.synchronize,
@@ -192,44 +185,45 @@ class Card(TorchDispatchMode):
             self.capturing = None
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return self.carry_out(function, args, kwargs or {})
+        return self.execute(function, args, kwargs or {})
 
-    def carry_out(self, function, args, kwargs):
-        """What an operation gives, if it is allowed where its operands lie."""
+    def execute(self, function, args, kwargs):
+        """The result of an operation, if it is allowed where its operands are."""
         if torch.is_inference_mode_enabled():  # a wrapper has no version counter to share there
             with torch.inference_mode(False), torch.no_grad():
-                return self.carry_out(function, args, kwargs)
+                return self.execute(function, args, kwargs)
         packet, tensors = function.overloadpacket, tensors_in((args, kwargs))
-        ours = [x for x in tensors if isinstance(x, OnCard)]
-        device = kwargs.get("device") or ("cuda" if ours else "cpu")
-        to_card = torch.device(device).type != "cpu"
-        if not ours and not to_card:
+        here = [x for x in tensors if isinstance(x, SimulatedTensor)]
+        to_device = torch.device(kwargs.get("device") or ("cuda" if here else "cpu")).type != "cpu"
+        if not here and not to_device:
             return function(*args, **kwargs)
-        strangers = [x for x in tensors if x.dim() and not isinstance(x, OnCard)]
-        if ours and strangers and packet not in COPIES | INDEXED:
+        elsewhere = [x for x in tensors if x.dim() and not isinstance(x, SimulatedTensor)]
+        if here and elsewhere and packet not in COPIES | INDEXED:
             raise RuntimeError(f"{function}: operands on two devices, cuda:0 and cpu")
-        crosses = packet in COPIES and (not to_card or len(ours) < len(tensors))
+        crosses = packet in COPIES and (not to_device or len(here) < len(tensors))
         masked = packet in INDEXED and any(x.dtype == torch.bool for x in tensors_in(args[1]))
-        if packet in WAITS or crosses or masked or (packet in INDEXED and strangers):
+        if packet in WAITS or crosses or masked or (packet in INDEXED and elsewhere):
             self.refuse_in_capture(str(function))
-        if packet is aten.copy_ and not isinstance(args[0], OnCard):
-            return args[0].copy_(args[1].held)
+        if packet is aten.copy_ and not isinstance(args[0], SimulatedTensor):
+            return args[0].copy_(args[1].host)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        changed = written(function, args, kwargs)
-        instead = {id(x): x.held.clone() if self.capturing else x.held for x in changed}
-        call = mapped(lambda x: instead.get(id(x), x), (args, kwargs))
-        found = function(*held(call[0]), **held(call[1]))
+        changed = written_tensors(function, args, kwargs)
+        instead = {id(x): x.host.clone() if self.capturing else x.host for x in changed}
+        call = tree_map_only(torch.Tensor, lambda x: instead.get(id(x), x), (args, kwargs))
+        result = function(*on_host(call[0]), **on_host(call[1]))
         same = {id(instead[id(x)]): x for x in changed}
         if self.capturing and not function.is_view and packet not in VIEWS:
-            fresh = {k: x for k, x in enumerate(tensors_in(found)) if id(x) not in same}
-            self.note(function, *held((args, kwargs)), fresh, packet in EMPTY, held(changed))
-        if not to_card:
-            return found
-        return mapped(lambda x: same[id(x)] if id(x) in same else OnCard(x), found)
+            fresh = {k: x for k, x in enumerate(tensors_in(result)) if id(x) not in same}
+            arguments = on_host((args, kwargs))
+            self.record(function, *arguments, fresh, packet in EMPTY, on_host(changed))
+        if not to_device:
+            return result
+        known = lambda x: same[id(x)] if id(x) in same else SimulatedTensor(x)  # noqa: E731
+        return tree_map_only(torch.Tensor, known, result)
 
-    def note(self, function, args, kwargs, fresh, empty, changed) -> None:
-        """An operation for replay, and how it stands to the others of its capture."""
+    def record(self, function, args, kwargs, fresh, empty, changed) -> None:
+        """An operation for replay, and how it is ordered among the others of its capture."""
         graph, stream = self.capturing, self.current
         graph.tape.append((function, args, kwargs, fresh))
         if empty:

@@ -1,8 +1,8 @@
 // The arithmetic of the four operations, once, for the host (ops.cpp) and the device (ops.cu).
 //
 // Both are compiled without contraction into fused multiply-adds (-ffp-contract=off, -fmad=false),
-// so masked_sgd_ and augment give the same bits on every CPU and every card. In the losses the
-// exponential and the order of the sums differ between the two, by an ulp or so.
+// so masked_sgd_ and augment are bit-identical on every CPU and GPU. In the losses the exponential
+// and the order of the sums differ between CPU and GPU, by an ulp or so.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -45,24 +45,45 @@ struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
 
-// The N values at p, as one access of a card.
+// The N values at p, which must be aligned to all of them: one access on a GPU. nvcc splits such a
+// store into its values when they are assigned, so it is spelled out (p lies in global memory).
 template <int N, class T>
-HD Pack<T, N>& pack(T* p) {
-  return *reinterpret_cast<Pack<T, N>*>(p);
-}
-template <int N, class T>
-HD const Pack<T, N>& pack(const T* p) {
+HD Pack<T, N> read_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
+template <int N, class T>
+HD void write_pack(T* p, const Pack<T, N>& values) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof values == 16) {
+    const uint4 x = bit_cast<uint4>(values);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+    return;
+  }
+  if constexpr (sizeof values == 8) {
+    const uint2 x = bit_cast<uint2>(values);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Pack<T, N>*>(p) = values;
 }
 
 // ---- masked SGD of one weight -------------------------------------------------------------------
 
-// A pruned weight is selected to 0, not multiplied: 0 * inf is not 0 and -1 * 0 is not +0.
+// x or +0, by its bits: 0 * inf is not 0, and -1 * 0 is not +0. Of `keep ? x : 0` g++ makes a branch
+// where there is no AVX-512, and does not vectorise the loop around it (20 times slower).
+HD float keep_if(bool keep, float x) {
+  return bit_cast<float>(bit_cast<uint32_t>(x) & (0u - uint32_t(keep)));
+}
+
 HD void sgd(float& w, float& m, float g, bool alive, float lr, float mu, float weight_decay) {
   const float velocity = mu * m + (g + weight_decay * w);
   const float moved = w - lr * velocity;
-  m = alive ? velocity : 0.0f;
-  w = alive ? moved : 0.0f;
+  m = keep_if(alive, velocity);
+  w = keep_if(alive, moved);
 }
 
 // ---- loss, error and EL2N norm of one row of logits ---------------------------------------------
@@ -124,11 +145,11 @@ HD float barrier(float middle, float first, float second, float alpha) {
 // ---- what ops.cpp hands to the loops of a device ------------------------------------------------
 
 struct Sgd {
-  float *weights, *momentum, *gradient;  // (rows, columns), as low
+  float *weights, *momentum, *gradient;  // (rows, columns), as weights_bf16
   const uint8_t* mask;                   // (rows, prunable)
   const float* lr;                       // (1,)
   float mu, weight_decay;
-  bf16* low;  // or null
+  bf16* weights_bf16;  // or null
   int64_t rows, columns, prunable;
 };
 
@@ -148,11 +169,11 @@ struct Barrier {
 };
 
 struct Augment {
-  const uint8_t* images;          // (count, height, width, channels)
+  const uint8_t* images;           // (count, height, width, channels)
   const int64_t *indices, *crops;  // (batch,) and (batch, 3) of up, left, mirrored
-  const float *scale, *shift;     // (channels,)
-  void* out;                      // (batch, height, width, channels), float or bf16
-  bool half;
+  const float *scale, *shift;      // (channels,)
+  void* out;                       // (batch, height, width, channels), float or bf16
+  bool is_bf16;
   int64_t count, batch, height, width, channels;
 };
 
@@ -168,7 +189,7 @@ HD const uint8_t* source(const Augment& a, int64_t b, int y, int x) {
 
 HD float normalise(uint8_t pixel, float scale, float shift) { return float(pixel) * scale + shift; }
 
-// Each returns null, or why the launch failed.
+// Each returns null, or CUDA's message.
 const char* launch(const Sgd&, void* stream);
 const char* launch(const Losses&, void* stream);
 const char* launch(const Barrier&, void* stream);
