@@ -29,15 +29,12 @@ The tables and verdicts are those of tables.py, whose docstring defines them.
 """
 
 import argparse
-import difflib
 import functools
 import io
 import itertools
 import math
 import os
-import re
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,10 +51,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy import stats
 
-import common as options
+import options
 import runs
 import tables
-from tables import PUBLISHED, SOURCE, SUBSETS, Curve, Page, all_data, frame, pages, pick, usual
+from tables import PUBLISHED, SOURCE, SUBSETS, Curve, Page, all_data, frame, pick, usual
 
 LOOK = {  # colour, line, marker; dark to light, so that they differ in grey too
     "all": ("#000000", "--", "s"),
@@ -87,11 +84,13 @@ DOTTED = {"color": "0.5", "lw": 0.8, "ls": (0, (1, 2)), "zorder": 0}  # to compa
 
 
 class Picture(Figure):
-    """A matplotlib figure that neither needs pyplot nor knows of it; notebooks show it."""
+    """A matplotlib figure of a page, without pyplot; notebooks show it."""
 
-    def __init__(self, **more: Any):
+    def __init__(self, page: Page | None = None, **more: Any):
         super().__init__(layout="constrained", **more)
         FigureCanvasAgg(self)
+        self.page = page
+        self.paper, self.curves = (page.paper, page.curves) if page else ("", [])
         self.panels: list[Axes] = []
         self.entries: dict[str, list] = {}  # label -> [handle, numbers of replicates, running]
 
@@ -112,10 +111,11 @@ class Picture(Figure):
 
     def labels(self) -> dict[str, str]:
         """The text of each entry, the paper's last."""
-        order = sorted(self.entries, key=lambda k: k.startswith(SOURCE))
-        known = {k: (f" (n={tables.span(self.entries[k][1])})", self.entries[k][2]) for k in order
-                 if self.entries[k][1]}  # fmt: skip
-        return {k: k + known[k][0] + "*" * known[k][1] if k in known else k for k in order}
+        texts = {}
+        for label in sorted(self.entries, key=lambda k: k.startswith(SOURCE)):
+            _, n, running = self.entries[label]
+            texts[label] = label + f" (n={tables.span(n)})" * bool(n) + "*" * running
+        return texts
 
 
 def arrange(picture: Picture, most: int) -> None:
@@ -160,7 +160,7 @@ def look(c: Curve, among: Iterable[Curve] = ()) -> dict[str, Any]:
 
 
 def draw_curve(
-    p: Page,
+    p: Picture,
     ax: Axes,
     points: pd.DataFrame,
     style: dict,
@@ -179,18 +179,18 @@ def draw_curve(
     [line] = ax.plot(
         x, mean, ms=3.5, markevery=max(1, len(x) // 20), label=label, zorder=3, **style
     )
-    p.picture.note(label, line, points["n"], running)
+    p.note(label, line, points["n"], running)
     if band and len(x) == 1:  # a band has no width
         ax.errorbar(x, mean, [mean - low, high - mean], color=style["color"], lw=0.8, capsize=2)
     elif band:
         ax.fill_between(x, low, high, color=style["color"], alpha=0.13, lw=0)
 
 
-def draw_behind(p: Page, ax: Axes, points: pd.DataFrame, style: dict, differs: str = "") -> None:
+def draw_behind(p: Picture, ax: Axes, points: pd.DataFrame, style: dict, differs: str = "") -> None:
     """The paper's curve, thin; `differs` says in what it is of another experiment."""
     thin = {**style, "marker": None, "lw": 0.8, "alpha": 0.8, "zorder": 1}
     [line] = ax.plot(points.index, points["mean"], label=SOURCE, **thin)
-    p.picture.note(f"{SOURCE}, {differs}" if differs else SOURCE, line)
+    p.note(f"{SOURCE}, {differs}" if differs else SOURCE, line)
 
 
 def percent(points: pd.DataFrame) -> pd.DataFrame:
@@ -205,12 +205,19 @@ def ticks(ax: Axes, values: Iterable[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def draw_dense(p: Picture, ax: Axes, among: list[Curve]) -> None:
+    """The accuracy of the dense network that curves are held against, those of the first."""
+    dense = tables.references(among[0], p.curves, p.paper)[0] if among else None
+    if dense is not None:
+        p.note("dense", ax.axhline(100 * dense["mean"], label="dense", **DOTTED))
+
+
 def draw_levels(
-    p: Page, shown: list[Curve], plain: list[Curve], title: str, label: str = "short"
+    p: Picture, shown: list[Curve], plain: list[Curve], title: str, label: str = "short"
 ) -> None:
     """A panel of accuracy against weights remaining, as in Figure 2; `plain` curves are there to
     compare with, and have no band."""
-    ax, remaining = p.picture.panel("weights remaining (%)", "test accuracy (%)", title), {}
+    ax, remaining = p.panel("weights remaining (%)", "test accuracy (%)", title), {}
     everything = all_data(p.curves)
     for c in [*plain, *shown]:
         style = look(c, everything if c in everything else shown)
@@ -224,9 +231,7 @@ def draw_levels(
         if theirs and not twin:
             behind = percent(theirs.points).set_index("weights_remaining")
             draw_behind(p, ax, behind, style, said)
-    dense = tables.references((shown or plain)[0], p.curves, p.paper)[0] if shown or plain else None
-    if dense is not None:
-        p.picture.note("dense", ax.axhline(100 * dense["mean"], label="dense", **DOTTED))
+    draw_dense(p, ax, (shown + plain)[:1])
     chosen = [remaining[k] for k in sorted(remaining)[:: max(1, -(-len(remaining) // 8))]]
     ax.set_xscale("log")
     ax.set_xticks(chosen, [f"{100 * v:.3g}" for v in chosen])
@@ -237,11 +242,11 @@ def draw_levels(
 # ---- the figures: each draws the panels of one picture, of one model -----------------------------
 
 
-def by_size(p: Page, noisy: bool = False, every_size: bool = False) -> None:
+def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
     """Figures 2, 4, 11, 13: all data, a panel for each size, step and noise, in Figure 2 also the
     controls and runs from starts of one's own."""
     curves = [c for c in p.curves if len(c.points)]
-    mine, full = usual(curves, noisy, ranked=True), all_data(curves)
+    mine, full = usual(curves, noisy, balanced=True), all_data(curves)
     settings = sorted({(c.noise, c.step, c.size) for c in mine if c.subset != "all"})
     if not every_size:
         size, t = tables.main_setting(mine)
@@ -267,18 +272,17 @@ def by_size(p: Page, noisy: bool = False, every_size: bool = False) -> None:
         draw_levels(p, own, full, "starts and variants of one's own", "label")
 
 
-
-def fig3(p: Page) -> None:
+def fig3(p: Picture) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
-    ours = [c for c in usual(p.curves, ranked=True) if len(c.points)]
-    behind, ranked = usual(tables.paper_curves(p.paper), ranked=True), [c for c in ours if c.size]
+    ours = [c for c in usual(p.curves, balanced=True) if len(c.points)]
+    behind, ranked = usual(tables.paper_curves(p.paper), balanced=True), [c for c in ours if c.size]
     steps = sorted({c.step for c in ranked})
     steps = [t for t in steps if len({c.size for c in pick(ranked, step=t)}) > 1]
     for t, k in itertools.product(steps, tables.three_levels(pick(ranked, step={*steps}))):
         here = [c for c in pick(ranked, step=t) if k in c.points.index]
         left = next((c.points.loc[k, "weights_remaining"] for c in here), math.nan)
         title = f"level {k}, {left:.1%} of weights remaining"
-        ax = p.picture.panel(f"examples trained on for {t} steps", "test accuracy (%)", title)
+        ax = p.panel(f"examples trained on for {t} steps", "test accuracy (%)", title)
         kinds, sizes = {c.kind: c for c in here}, {c.size for c in here}
         for kind, example in kinds.items():
             alike = sorted((c for c in here if c.kind == kind), key=lambda c: c.size)
@@ -296,13 +300,12 @@ def fig3(p: Page) -> None:
         for c in full:
             style = {**look(c, full), "marker": None}
             line = ax.axhline(100 * c.points.loc[k, "mean"], lw=0.9, **style)
-            p.picture.note(c.short, line, [c.points.loc[k, "n"]], c.running)
-        if (dense := tables.references(here[0], ours, p.paper)[0] if here else None) is not None:
-            p.picture.note("dense", ax.axhline(100 * dense["mean"], **DOTTED))
+            p.note(c.short, line, [c.points.loc[k, "n"]], c.running)
+        draw_dense(p, ax, here[:1])
         ticks(ax, sizes)
 
 
-def prelr(p: Page) -> None:
+def prelr(p: Picture) -> None:
     """Rates of pre-training, for each step at which there are several: the paper took the best."""
     full = [c for c in pick(p.curves, subset="all", noise=0.0, control="", extra="") if c.step]
     for t in sorted({c.step for c in full}):
@@ -310,55 +313,54 @@ def prelr(p: Page) -> None:
             draw_levels(p, shown, pick(all_data(p.curves), step=0), f"all data, {t} steps")
 
 
-
-def draw_histogram(p: Page, curves: list[Curve], what: str, t: int, edges: np.ndarray) -> None:
+def draw_histogram(p: Picture, curves: list[Curve], what: str, t: int, edges: np.ndarray) -> None:
     """A histogram of Figure 5: pairs, examples and replicates pooled."""
-    ax = p.picture.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
+    ax = p.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
     for c in curves:
-        values = np.concatenate([[], *map(np.ravel, tables.load_all(c.rows, "loss_barrier_pairs.npy"))])
+        values = np.concatenate(
+            [[], *map(np.ravel, tables.load_all(c.rows, "loss_barrier_pairs.npy"))]
+        )
         if len(values):
             share = 100 * np.histogram(values, edges)[0] / len(values)
             outside = f"{np.mean((values < edges[0]) | (values > edges[-1])):.1%} outside"
             bars = ax.stairs(share, edges, fill=True, color=look(c)["color"], alpha=0.55)
             ax.annotate(f"n={c.rows['replicate'].nunique()}, {outside}", (0.97, 0.93),
                         xycoords="axes fraction", ha="right", fontsize=7)  # fmt: skip
-            p.picture.note(f"{c.subset}, all pairs and examples", bars)
-    rows = tables.paper_table("lmc_histograms.csv")
-    rows = rows[rows["dataset"] == p.paper] if len(rows) else rows
+            p.note(f"{c.subset}, all pairs and examples", bars)
+    rows = tables.paper_table("lmc_histograms.csv").query("dataset == @p.paper")
     rows = rows[rows["pretraining"] == f"{what}, {t} it"] if len(rows) else rows
     if len(rows):
         bins, count = [*rows["bin_lo"], rows["bin_hi"].iloc[-1]], rows["count_of_1080000"]
-        p.picture.note(SOURCE, ax.stairs(100 * count / count.sum(), bins, color="k", lw=0.7))
+        p.note(SOURCE, ax.stairs(100 * count / count.sum(), bins, color="k", lw=0.7))
 
 
-
-def draw_forecast(p: Page, rows: pd.DataFrame, key: str, column: str, xlabel: str) -> None:
+def draw_forecast(p: Picture, rows: pd.DataFrame, key: str, column: str, xlabel: str) -> None:
     """Figure 5 right: final accuracy against a forecast of it, a point for each replicate."""
     every, later = (tables.correlate(x, key) for x in (rows, rows[rows["rewind"] > 0]))
-    said = [f"r = {x['pearson']:.2f}{what} (n={x['n']})" for x, what in ((every, ""), (later, " without step 0"))
-            if x["pearson"] is not None and (what == "" or x["n"] < every["n"])]  # fmt: skip
-    level = int(rows["level"].iloc[0]) if len(rows) else FINAL_LEVEL.get(p.paper, 7)
+    said = [f"r = {x['pearson']:.2f}" for x in (every, later) if x["pearson"] is not None]
+    if len(said) > 1:
+        said = said[:1] if later["n"] == every["n"] else [said[0], f"{said[1]} without step 0"]
+    level = int(rows["level"].iloc[0]) if len(rows) else tables.FINAL_LEVEL.get(p.paper, 7)
     ylabel = f"test accuracy at level {level} (%)"
-    ax, scale = p.picture.panel(xlabel, ylabel, "; ".join(said)), 100 if "accuracy" in key else 1
-    theirs = tables.paper_table("lmc_scatter.csv")
-    theirs = theirs[theirs["dataset"] == p.paper] if len(theirs) else theirs
+    ax, scale = p.panel(xlabel, ylabel, "; ".join(said)), 100 if "accuracy" in key else 1
+    theirs = tables.paper_table("lmc_scatter.csv").query("dataset == @p.paper")
     for method, group in theirs.groupby("subset_method") if len(theirs) else ():
         y = pd.to_numeric(group["final_test_accuracy_level7"], errors="coerce")
         color, _, marker = LOOK[method]
         style = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
         dots = ax.scatter(scale * group[column], 100 * y, lw=0.5, alpha=0.6, zorder=1, **style)
-        p.picture.note(SOURCE, dots)
+        p.note(SOURCE, dots)
     for c in p.curves:
         mine = rows[rows["configuration"] == c.label]
         if len(mine):
             style = {k: v for k, v in look(c, p.curves).items() if k != "linestyle"}
             dots = ax.scatter(scale * mine[key], 100 * mine["final_accuracy"], s=22, **style)
-            p.picture.note(c.label, dots, [len(mine)])
+            p.note(c.label, dots, [len(mine)])
 
 
-def fig5(p: Page) -> None:
+def fig5(p: Picture) -> None:
     """Four histograms of tables.barriers, and final accuracy against two forecasts of it."""
-    rows, mine = tables.barriers(p), usual(p.curves)
+    rows, mine = tables.barriers(p.page), usual(p.curves)
     if not len(rows):
         return
     rows = rows.dropna(subset=["final_accuracy"])
@@ -368,9 +370,8 @@ def fig5(p: Page) -> None:
         easy = random
     four = [("all", 0, t), ("all", 0, 2 * t), ("random", random, t), ("easy", easy, t)]
     found = [pick(mine, subset=s, size=n, step=step) for s, n, step in four]
-    pooled = [
-        np.ravel(x) for c in sum(found, []) for x in tables.load_all(c.rows, "loss_barrier_pairs.npy")
-    ]
+    name = "loss_barrier_pairs.npy"
+    pooled = [np.ravel(x) for cs in found for c in cs for x in tables.load_all(c.rows, name)]
     edges = np.arange(-5, 10.5, 0.5)  # the paper's
     if pooled and not len(tables.paper_table("lmc_histograms.csv").query("dataset == @p.paper")):
         low, high = np.quantile(np.concatenate(pooled), (0.005, 0.995))
@@ -383,8 +384,7 @@ def fig5(p: Page) -> None:
     draw_forecast(p, rows, "loss_barrier", "mean_train_loss_barrier", "mean loss barrier")
 
 
-
-def fig6(p: Page) -> None:
+def fig6(p: Picture) -> None:
     """A column for each kind of subset: accuracies by length of warmup, then the sharpness at a
     typical length (geometric means and deviations)."""
     curves = [c for c in p.curves if not c.noise]
@@ -401,7 +401,7 @@ def fig6(p: Page) -> None:
     if len(lengths) < 2:
         draw_outcomes(p, pick(curves, step=0) + everything + pick(warmed, subset=SUBSETS[1:]))
     for kind, shown in columns.items() if len(lengths) > 1 else ():
-        ax = p.picture.panel("steps of warmup", "test accuracy (%)", kind, sharey=first)
+        ax = p.panel("steps of warmup", "test accuracy (%)", kind, sharey=first)
         first, here = first or ax, set(lengths)
         for key in dict.fromkeys((c.kind, c.size) for c in shown + everything):
             alike = [c for c in shown + everything if (c.kind, c.size) == key]
@@ -418,11 +418,11 @@ def fig6(p: Page) -> None:
         for c in pick(curves, step=0):
             if len(good := tables.trained(c.rows)):
                 level = 100 * good["test_accuracy"].mean()
-                p.picture.note("no warmup", ax.axhline(level, **DOTTED), [len(good)])
+                p.note("no warmup", ax.axhline(level, **DOTTED), [len(good)])
         ticks(ax, here)
     first = None
     for kind, shown in columns.items():
-        ax = p.picture.panel("step", "top Hessian eigenvalue", f"{kind}, warmup {typical}", sharey=first)
+        ax = p.panel("step", "top Hessian eigenvalue", f"{kind}, warmup {typical}", sharey=first)
         first = first or ax
         shown = pick(shown + everything, step=typical)
         for c in shown + pick(curves, step=0):
@@ -433,14 +433,14 @@ def fig6(p: Page) -> None:
         ax.set_yscale("log")
 
 
-def draw_outcomes(p: Page, curves: list[Curve]) -> None:
+def draw_outcomes(p: Picture, curves: list[Curve]) -> None:
     """Accuracies of a single length of warmup: a column a configuration, a dot a replicate."""
     shown = [(c, tables.trained(c.rows)["test_accuracy"]) for c in curves]
     shown = [(c, 100 * x) for c, x in shown if len(x)]
     if not shown:
         return
     length = max(c.step for c, _ in shown)
-    ax = p.picture.panel(
+    ax = p.panel(
         "", "test accuracy (%)", f"warmup {length}; bars: means" if length else "no warmup"
     )
     for k, (c, x) in enumerate(shown):
@@ -465,37 +465,36 @@ def tracked(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     return tables.summarise(pd.DataFrame(values, columns=["step", kind]), "step", kind)
 
 
-def watched(p: Page, c: Curve) -> str:
+def watched(c: Curve) -> str:
     """The easy examples whose accuracy a run of pretrain.py logs: those of --easy-size and
     --easy-balance, else of the subset trained on, else of the preset."""
-    found = re.search(r"-rewind\d+-easy(\d+)(balanced)?", c.rows["name"].iloc[0])
-    preset = options.PRESETS.get(p.dataset)
-    size = found[1] if found else c.size or (preset.size if preset else "")
-    within = ", class by class" * bool(found[2] if found else c.balance)
+    first = c.rows.iloc[0]
+    preset = options.PRESETS.get(first["dataset"])
+    size = first["easy_size"] or c.size or (preset.size if preset else "")
+    within = ", class by class" * bool(first["easy_balance"] or c.balance)
     return f"accuracy on the easiest {size}{within}"
 
 
-def fig7(p: Page) -> None:
+def fig7(p: Picture) -> None:
     """Learning curves and coherence; a panel for each set of easy examples that was watched."""
     curves = pick(p.curves, step=max(c.step for c in p.curves))
     kinds = [("test_accuracy", "test accuracy", curves)]
     kinds += [("train_accuracy", "accuracy on all training data", curves)]
-    for title in dict.fromkeys(watched(p, c) for c in curves):
-        kinds.append(("easy_accuracy", title, [c for c in curves if watched(p, c) == title]))
+    for title in dict.fromkeys(watched(c) for c in curves):
+        kinds.append(("easy_accuracy", title, [c for c in curves if watched(c) == title]))
     kinds += [("coherence", "gradients of batches against their mean", curves)]
     for kind, title, shown in kinds:
         found = [(c, points) for c in shown if len(points := tracked(c.rows, kind))]
         cosine = kind == "coherence"
-        ax = p.picture.panel("step", "cosine" if cosine else "accuracy (%)", title) if found else None
+        ax = p.panel("step", "cosine" if cosine else "accuracy (%)", title) if found else None
         for c, points in found:
             n = points.assign(n=c.rows["replicate"].nunique())
-            draw_curve(
-                page, ax, n if cosine else percent(n), look(c, curves), c.label, True, c.running
-            )
+            shown = n if cosine else percent(n)
+            draw_curve(p, ax, shown, look(c, curves), c.label, True, c.running)
 
 
 def draw_shares(
-    p: Page, ax: Axes, values: list, edges: np.ndarray, style: dict, label: str
+    p: Picture, ax: Axes, values: list, edges: np.ndarray, style: dict, label: str
 ) -> None:
     """A stepped line of the shares of values in bins, mean and band over replicates; what is
     outside counts in the end bins."""
@@ -505,10 +504,10 @@ def draw_shares(
     mean, sd = np.mean(share, 0), np.std(share, 0, ddof=1) if len(share) > 1 else 0
     line = ax.stairs(mean, edges, color=style["color"], ls=style["linestyle"], lw=1.2)
     ax.stairs(mean + sd, edges, baseline=mean - sd, fill=True, color=style["color"], alpha=0.13)
-    p.picture.note(label, line, [len(values)])
+    p.note(label, line, [len(values)])
 
 
-def fig8(p: Page) -> None:
+def fig8(p: Picture) -> None:
     """Norms of minibatch gradients over the first 200 steps."""
     curves = pick(p.curves, step=min(c.step for c in p.curves))
     found = [(c, [x[:200] for x in tables.load_all(c.rows, "gradient_norm.npy")]) for c in curves]
@@ -516,7 +515,7 @@ def fig8(p: Page) -> None:
     if not found:
         return
     steps = min(200, curves[0].step)
-    ax = p.picture.panel(f"norm of a minibatch gradient, first {steps} steps", "share (%)")
+    ax = p.panel(f"norm of a minibatch gradient, first {steps} steps", "share (%)")
     edges = np.linspace(0, max(x.max() for _, norms in found for x in norms), 41)
     for c, norms in found:
         draw_shares(p, ax, norms, edges, look(c, [c for c, _ in found]), c.label)
@@ -531,33 +530,31 @@ def projected(c: Curve, level: int) -> list[np.ndarray]:
     return each
 
 
-def fig9(p: Page) -> None:
+def fig9(p: Picture) -> None:
     """Each pre-training before and after projection; then all before, and all after."""
     size, t = tables.main_setting(usual(p.curves))
     shown = [("all", 0, t), ("all", 0, 2 * t), ("easy", size, t)]
-    curves = [
-        c for c in usual(p.curves) if len(c.points) and (c.subset, c.size, c.step) in shown
-    ]
+    curves = [c for c in usual(p.curves) if len(c.points) and (c.subset, c.size, c.step) in shown]
     last = min(6, *(max(c.points.index) for c in curves)) if curves else 0
     errors = {(c, k): projected(c, k) for c in curves for k in {0, last}}
     curves = [c for c in curves if errors[c, 0] and errors[c, last]]
     edges, axis = np.linspace(0, math.sqrt(2), 41), "||softmax - onehot|| of an example at w_tr"
     under = {0: "dense", last: f"under the mask of level {last}"}
     for c in curves:
-        ax = p.picture.panel(axis, "share (%)", c.label)
+        ax = p.panel(axis, "share (%)", c.label)
         for k, title in under.items():
             style = {"color": ("0.4", "#b03060")[k > 0], "linestyle": ("--", "-")[k > 0]}
             draw_shares(p, ax, errors[c, k], edges, style, title)
     for k, title in under.items() if curves else ():
-        ax = p.picture.panel(axis, "share (%)", title)
+        ax = p.panel(axis, "share (%)", title)
         for c in curves:
             draw_shares(p, ax, errors[c, k], edges, look(c, curves), c.label)
 
 
-def rivals(p: Page, metric: str) -> None:
+def rivals(p: Picture, metric: str) -> None:
     """Figures 10 and 12: other scores against EL2N; pruning after pre-training by them, by EL2N
     with and without balance, and on random subsets."""
-    scores = p.metrics()
+    scores = p.page.metrics()
     other = [m for m in scores if m["metric"] == metric]
     other = [m for m in other if metric != "lmc" or m["folder"].name.startswith("all")]
     other.sort(key=lambda m: m.get("rewind", 0))
@@ -566,9 +563,9 @@ def rivals(p: Page, metric: str) -> None:
         if x is not None and y is not None:
             r = stats.spearmanr(x, y).statistic
             title = f"Pearson {np.corrcoef(x, y)[0, 1]:.2f}, Spearman {r:.2f}, n={len(x)}"
-            ax = p.picture.panel(f"EL2N score at step {b['score_step']}", f"{a['name']} score", title)
+            ax = p.panel(f"EL2N score at step {b['score_step']}", f"{a['name']} score", title)
             cells = ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis", mincnt=1, lw=0.1)
-            bar = p.picture.colorbar(cells, cax=ax.inset_axes([1.02, 0, 0.03, 1]))
+            bar = p.colorbar(cells, cax=ax.inset_axes([1.02, 0, 0.03, 1]))
             bar.set_label("examples")
     curves = [c for c in p.curves if len(c.points) and not (c.control or c.noise or c.extra)]
     by = [c for c in curves if c.metric.split()[:1] == [metric]]
@@ -583,13 +580,17 @@ def rivals(p: Page, metric: str) -> None:
 
 
 def examples(
-    table: pd.DataFrame, outs: Iterable[Path], data_dir: Path, folders: Iterable[str] = ()
+    table: pd.DataFrame,
+    outs: Iterable[Path] = (),
+    data_dir: Path = Path("data"),
+    folders: Iterable[str] = (),
 ) -> Iterator[tuple[str, Picture]]:
     """The easiest and the hardest training images of each class by EL2N, beside the distribution
     of scores in it; `folders` of images by their paths."""
     each = 8  # images at either end
+    outs = outs or table["out"].unique()
     found = [m for out in outs for m in tables.read_metrics(Path(out)) if m["metric"] == "el2n"]
-    for m in [m for m in found if not m["label_noise"][0]]:
+    for m in (m for m in found if not m["label_noise"][0]):
         scores, name = tables.load(m["folder"] / "scores.npy"), m["dataset"]
         name = next((d for d in folders if Path(d).stem == name), name)
         try:
@@ -598,15 +599,14 @@ def examples(
             tables.skipped(e)
             continue
         images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
-        known = getattr(data, "fingerprint", m["data"])
-        if scores is None or known != m["data"] or len(scores) != len(labels):
+        if scores is None or data.fingerprint != m["data"]:
             tables.skipped(f"{m['folder']}: scores of other data than {data_dir} holds")
             continue
         of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
         of_class.sort(key=lambda i: np.median(scores[i]))
         ranked = [i[np.argsort(scores[i], kind="stable")] for i in of_class]
         rows, (height, width, channels) = len(ranked), images.shape[1:]
-        figure = Picture(figsize=(7, 1 + 0.22 * rows), layout="constrained")
+        figure = Picture(figsize=(7, 1 + 0.22 * rows))
         axes = figure.subplots(1, 3, sharey=True)
         ends = (("easiest", slice(each)), ("hardest", slice(-each, None)))
         for ax, (title, chosen) in zip(axes, ends, strict=False):
@@ -624,96 +624,122 @@ def examples(
         yield f"{m['model']}-{m['folder'].name}", figure
 
 
-def load_images(name: str, data_dir: Path) -> Any:
+def load_images(dataset: str, data_dir: Path) -> Any:
     """Training images and labels; imported late, since no other figure needs data."""
     import torch
 
     import common
 
-    return common.load_data(name, data_dir, torch.device("cpu"))
+    settings = options.Settings.complete({"dataset": dataset, "data_dir": data_dir, "quiet": True})
+    return common.load_data(settings, torch.device("cpu"))
 
 
 ALL, NOISY = (*PUBLISHED, "digits"), ("cifar10", "digits")
 LEVELS = "Test accuracy against the weights that remain, by what pre-training saw."
+NOISE = f"{LEVELS} Labels are resampled in it."
+SIZES = "Test accuracy against the size of the subset, at three levels."
+BARRIERS = """Loss barriers between children of one start, halfway, and the final accuracy of pruning
+from it; a dot is a replicate."""
+WARMUP = """Warmup of the learning rate on a subset: final accuracy, and the top Hessian eigenvalue
+(geometric mean and deviation)."""
+CURVES = "Learning curves of pre-training; cosines of minibatch gradients with their mean."
+PROJECTED = "Error of w_tr on each training example, dense and under the mask of a level."
+ENDS = "Easiest and hardest training images of each class, and their distribution of scores."
+RATES = "Test accuracy against the weights that remain, by the learning rate of pre-training."
 
 
 class Kind(NamedTuple):
     stage: str  # that makes its runs
     draw: Callable
     caption: str
-    grid: tuple[str, ...] = ALL  # the data sets whose grid in run_all.sh has it
+    grid: tuple[str, ...] = ALL  # the data sets that grid.txt has it for
     columns: int = 3
 
 
 partial = functools.partial
+LMC, FORGETTING = partial(rivals, metric="lmc"), partial(rivals, metric="forgetting")
 FIGURES = {
     "fig2": Kind("imp", by_size, LEVELS),
-    "fig3": Kind("imp", fig3, "Test accuracy against the size of the subset, at three levels."),
-    "fig4": Kind("imp", partial(by_size, noisy=True), f"{LEVELS} Labels are resampled in it.", NOISY),
-    "fig5": Kind("lmc", fig5, "Loss barriers between children of one start, halfway, and the final "
-                 "accuracy of pruning from it; a dot is a replicate."),
-    "fig6": Kind("warmup", fig6, "Warmup of the learning rate on a subset: final accuracy, and the "
-                 "top Hessian eigenvalue (geometric mean and deviation).", NOISY, 4),
-    "fig7": Kind("pretrain", fig7, "Learning curves of pre-training, and the cosine of minibatch "
-                 "gradients with their mean.", ("cifar100", "digits"), 2),
+    "fig3": Kind("imp", fig3, SIZES),
+    "fig4": Kind("imp", partial(by_size, noisy=True), NOISE, NOISY),
+    "fig5": Kind("lmc", fig5, BARRIERS),
+    "fig6": Kind("warmup", fig6, WARMUP, NOISY, 4),
+    "fig7": Kind("pretrain", fig7, CURVES, ("cifar100", "digits"), 2),
     "fig8": Kind("pretrain", fig8, "Norms of minibatch gradients.", NOISY),
-    "fig9": Kind("imp", fig9, "Error of w_tr on each training example, dense and under the mask of a "
-                 "level."),
-    "fig10": Kind("imp", partial(rivals, metric="lmc"), f"LMC scores against EL2N. {LEVELS}",
-                  ("cifar100", "cinic10", "digits")),
+    "fig9": Kind("imp", fig9, PROJECTED),
+    "fig10": Kind("imp", LMC, f"LMC scores against EL2N. {LEVELS}", ALL[1:]),
     "fig11": Kind("imp", partial(by_size, every_size=True), LEVELS),
-    "fig12": Kind("imp", partial(rivals, metric="forgetting"),
-                  f"Forgetting scores against EL2N. {LEVELS}", NOISY),
-    "fig13": Kind("imp", partial(by_size, noisy=True, every_size=True),
-                  f"{LEVELS} Labels are resampled in it.", NOISY),
-    "prelr": Kind("imp", prelr, "Test accuracy against the weights that remain, by the learning rate "
-                  "of pre-training."),
-    "examples": Kind("el2n", examples, "Easiest and hardest training images of each class, and the "
-                     "distribution of scores in it."),
-}  # fmt: skip
+    "fig12": Kind("imp", FORGETTING, f"Forgetting scores against EL2N. {LEVELS}", NOISY),
+    "fig13": Kind("imp", partial(by_size, noisy=True, every_size=True), NOISE, NOISY),
+    "prelr": Kind("imp", prelr, RATES),
+    "examples": Kind("el2n", examples, ENDS),
+}
 
 
 def drawn(
     figure: str, table: pd.DataFrame, paper: str | None = None, **where: Any
 ) -> Iterator[tuple[str, Picture, str]]:
-    """(name, picture, caption) of each model that has the runs of a figure."""
+    """(name, picture, caption) of each model that has the runs of a figure; `where` is for
+    `examples`."""
     kind = FIGURES[figure]
     if figure == "examples":
         yield from ((name, picture, kind.caption) for name, picture in examples(table, **where))
-    for page in pages(table, kind.stage, paper) if figure != "examples" else ():
-        kind.draw(p)
-        if p.picture.panels:
-            arrange(p, kind.columns)
-            lines = [f"{figure}, {p.name}. {kind.caption}"]
-            lines.append("Lines: means over n replicates; bands: sample standard deviations.")
-            thin = f"Thin lines or open dots: {SOURCE}, arXiv 2206.01278."
-            lines += [thin] * any(k.startswith(SOURCE) for k in p.entries)
-            lines += [f"  {label}" for label in p.labels()]
-            if not p.rows["done"].all():
-                lines.append("*: runs in progress, with the levels they have.")
-            yield p.name, p.picture, "\n".join(lines)
+        return
+    for page in tables.pages(table, kind.stage, paper):
+        picture = Picture(page)
+        kind.draw(picture)
+        if picture.panels:
+            arrange(picture, kind.columns)
+            yield page.name, picture, caption(figure, picture)
+
+
+def caption(figure: str, picture: Picture) -> str:
+    """What a picture shows, and the entries of its legend."""
+    lines = [f"{figure}, {picture.page.name}. {FIGURES[figure].caption}"]
+    lines.append("Lines: means over n replicates; bands: sample standard deviations.")
+    if any(k.startswith(SOURCE) for k in picture.entries):
+        lines.append(f"Thin lines or open dots: {SOURCE}, arXiv 2206.01278.")
+    lines += [f"  {label}" for label in picture.labels().values()]
+    if not picture.page.rows["done"].all():
+        lines.append("*: runs in progress, with the levels they have.")
+    return "\n".join(lines) + "\n"
 
 
 def draw(figure: str, table: pd.DataFrame | str | Path = "results") -> dict[str, Picture]:
     """The pictures of a figure by name, from `frame` or a folder; nothing is written."""
     table = table if isinstance(table, pd.DataFrame) else frame(table)
-    where = {"outs": table["out"].unique(), "data_dir": Path("data")}
     with matplotlib.rc_context(STYLE):
-        found = drawn(figure, table, **(where if figure == "examples" else {}))
-        return {name: picture for name, picture, _ in found}
+        return {name: picture for name, picture, _ in drawn(figure, table)}
+
+
+def missing(shown: dict[str, list[str]], datasets: Iterable[str], out: Path) -> list[str]:
+    """What was not drawn of data sets with a grid, each with the command that makes it."""
+    lines, where = [], [] if out == Path("results") else ["--out", str(out)]
+    for figure, names in shown.items():
+        for data in sorted({*FIGURES[figure].grid} & {*datasets}):
+            if not any(name.startswith(f"{data}-") for name in names):
+                command = ["bash", "run_all.sh", "--only", figure, "--dataset", data, *where]
+                if figure == "examples":
+                    command = ["python", "el2n.py", "--dataset", data, *where]
+                stage = FIGURES[figure].stage
+                lines.append(f"{figure} of {data} needs runs of {stage}.py: {shlex.join(command)}")
+    for data in sorted({*PUBLISHED} - {*datasets}):
+        lines.append(f"{data}: {shlex.join(['bash', 'run_all.sh', '--dataset', data, *where])}")
+    return lines
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
 def flags() -> options.Parser:
-    parser = options.Parser(description=__doc__)
+    parser = options.Parser(__doc__)
     add = parser.add_argument
     add("figure", nargs="*", help=f"of {', '.join(FIGURES)} [all but examples]")
-    about = "folder of results; several for --compare and to draw together [results]"
-    add("--out", type=Path, action="append", help=about)
-    add("--figures", type=Path, help="folder to write to [OUT/figures]")
-    add("--data-dir", type=Path, default=Path("data"), help="folder of data, for examples [data]")
+    about = "folder of results; several to draw or compare together [results]"
+    add("--out", type=options.path, action="append", help=about)
+    add("--figures", type=options.path, help="folder to write to [OUT/figures]")
+    about = "folder of data, for examples [data]"
+    add("--data-dir", type=options.path, default=Path("data"), help=about)
     add("--dataset", action="append", help="only this data set, or folder of images")
     add("--paper", choices=PUBLISHED, help="whose curves to draw behind runs on other data")
     about = "two runs, by name, end of path or pattern: differences, standard errors, p, verdict"
@@ -727,61 +753,61 @@ def flags() -> options.Parser:
     return parser
 
 
-def save(picture: Picture, caption: str, path: Path) -> None:
-    """PNG, SVG, PDF, and the caption."""
+def save(picture: Picture, text: str, path: Path) -> Path:
+    """PNG, SVG, PDF, and the caption; the path of the PNG."""
     for kind, about in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
-        keep = functools.partial(picture.savefig, format=kind, dpi=160, metadata=about)
-        runs.write(path.parent / f"{path.name}.{kind}", keep)
-    tables.write_text(path.parent / f"{path.name}.txt", caption + "\n")
+        fill = functools.partial(picture.savefig, format=kind, dpi=160, metadata=about)
+        runs.write(path.parent / f"{path.name}.{kind}", fill)
+    tables.write_text(path.parent / f"{path.name}.txt", text)
+    return path.parent / f"{path.name}.png"
+
+
+def print_comparisons(args: argparse.Namespace, table: pd.DataFrame) -> list[dict]:
+    """What --compare prints, of each pair of runs; the same, as (rows, verdict) in dicts."""
+    results = []
+    for pair in tables.find_pairs(table, args.compare):
+        rows, summary = tables.compare_two(table, pair, args.levels, args.slack, args.error)
+        for name, folder in zip("AB", pair, strict=True):
+            runs.say(f"{name}: {folder}  {summary[name]}")
+        runs.say(f"\n{tables.aligned(rows)}\n")
+        for k in summary.keys() - {"A", "B"}:
+            runs.say(f"{k:26}{tables.cell(summary[k])}")
+        results.append(summary | {"rows": rows, "folders": pair})
+    return results
 
 
 def main(args: argparse.Namespace) -> Any:
-    """Draws, writes, says what is missing; returns the paths written and what is missing."""
+    """Draws and writes, and says what is missing; returns the paths written and what is missing,
+    or of --compare the comparisons."""
     for name in args.figure:
         if name not in FIGURES:
-            near = difflib.get_close_matches(name, FIGURES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"not one of {', '.join(FIGURES)}"
-            raise runs.UserError(f"{name} is no figure: {hint}")
-    outs = [p.expanduser() for p in args.out or [Path("results")]]
+            near = options.did_you_mean(name, FIGURES)
+            raise runs.UserError(f"{name}: not one of {', '.join(FIGURES)}{near}")
+    outs = args.out or [Path("results")]
     only = {Path(d).stem for d in args.dataset or ()}
     table = frame(outs, only)
     if args.compare:
-        pairs = tables.find_pairs(table, args.compare)
-        results = []
-        for pair in pairs:
-            rows, summary = tables.compare_two(table, pair, args.levels, args.slack, args.error)
-            heads = (f"{x}: {f}  {summary[x]}" for x, f in zip("AB", pair, strict=True))
-            print("\n".join([*heads, "", tables.aligned(rows), ""]))
-            lines = {k: v for k, v in summary.items() if k not in ("A", "B", "folders")}
-            print("\n".join(f"{k:24} {tables.cell(v)}" for k, v in lines.items()) + "\n" * bool(lines))
-            results.append({**summary, "rows": rows})
-        return results
+        return print_comparisons(args, table)
     folder = args.figures or outs[0] / "figures"
-    where = {"outs": outs, "data_dir": args.data_dir, "folders": args.dataset or ()}
+    where = {"data_dir": args.data_dir, "folders": args.dataset or (), "outs": outs}
     written, shown = [], {}
     with matplotlib.rc_context(STYLE):
         for figure in args.figure or [x for x in FIGURES if x != "examples"]:
             shown[figure] = []
-            more = where if figure == "examples" else {}
-            for name, picture, caption in drawn(figure, table, args.paper, **more):
-                save(picture, caption, folder / f"{figure}-{name}")
-                written.append(folder / f"{figure}-{name}.png")
+            for name, picture, text in drawn(figure, table, args.paper, **where):
+                written.append(save(picture, text, folder / f"{figure}-{name}"))
                 shown[figure].append(name)
     if not args.figure:
-        written += tables.write_tables(folder, table, args.levels, args.slack, args.error, args.paper)
-    datasets = sorted(only) or sorted({*table["dataset"]})
-    out = [] if outs == [Path("results")] else ["--out", str(outs[0])]
-    lacking = tables.missing(table, shown, datasets, not args.dataset)
-    lacking = [f"{what}: {shlex.join(command + out)}" for what, command in lacking]
+        how = args.levels, args.slack, args.error, args.paper
+        found = ((name, rows) for name, rows in tables.tables(table, *how) if rows)
+        written += [tables.write_table(folder / name, rows) for name, rows in found]
     for path in written:
-        print(path)
+        runs.say(path)
+    lacking = missing(shown, only or {*table["dataset"]}, outs[0])
     if args.missing:
-        print("".join(f"missing: {line}\n" for line in lacking), end="", file=sys.stderr)
+        runs.warn("".join(f"missing: {line}\n" for line in lacking).rstrip())
     elif lacking:
-        print(
-            f"missing: {len(lacking)} figures or sets of runs; --missing lists their commands",
-            file=sys.stderr,
-        )
+        runs.warn(f"{len(lacking)} figures or data sets are missing: --missing lists the commands")
     if args.figure and not written:
         raise runs.UserError(f"{outs[0]} has nothing to draw {', '.join(args.figure)} from")
     return {"written": written, "missing": lacking}

@@ -1,31 +1,29 @@
-"""The runs in results/ as one tidy table, and the paper's tables and verdicts from it.
+"""The runs in results/ as one tidy table, and the paper's verdicts and tables from it.
 
-    table = tables.frame("results")          a row for each level of each run, also `figures.frame`
+    table = tables.frame("results")          a row for each level of each run; also `figures.frame`
     for page in tables.pages(table, "imp"):  the runs of a model, as curves with mean, sd and n
 
 Verdicts (Definitions 3.1 and 3.2). A is *below* B at a level where a one-sided Welch test says so,
 at a family-wise error of 5 % over the levels (Sidak). A weakly dominates B if it is below at no
 level, dominates if its mean is also higher at each, and equals B if neither is below. A matches
 w_t*, all data for t* steps, if it is below at no level at which w_t* matches dense; t* is twice A's
-own step. Beside it stand the literal rule of the paper's footnote, one standard error a level, which
-tells identical starts apart in nine of ten cases, and a test of the mean over the levels, by
-replicate and, where runs share replicates, of the paired differences. Of 4 replicates at 12 levels
-the family-wise test finds a deficit of one standard deviation in 40 % of cases, of two in 95 %
-(18 % and 56 % where levels correlate by .8): "matches" does not mean "equals".
+own step. Beside it stand the literal rule of the footnote, one standard error a level, which
+tells identical starts apart in nine of ten cases, and a test of the mean over the levels: of paired
+differences where runs share replicates. With 4 replicates at 12 levels the family-wise test finds a
+deficit of one standard deviation in 40 % of cases, of two in 95 % (18 % and 56 % where levels
+correlate by .8): "matches" does not mean "equals".
 """
 
 import csv
 import dataclasses
-import difflib
 import fnmatch
 import functools
 import io
 import itertools
 import math
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-import common as options
+import options
 import runs
 
 STAGES = ("imp", "pretrain", "lmc", "warmup")
@@ -47,23 +45,23 @@ CONNECTED = 0.02  # error barrier
 # Settings that tell curves of one picture apart; runs that differ in others get a picture each.
 IDENTITY = {"subset", "size", "offset", "balance", "scores", "indices", "label_noise", "rewind"}
 IDENTITY |= {"replicate", "track", "every", "easy_size", "easy_balance", "warmup", "pretrain_lr"}
-IDENTITY |= {"control", "init", "mask", "name"}
+IDENTITY |= {"control", "init", "parent", "mask", "name", "model"}
 
 # ---- reading -------------------------------------------------------------------------------------
 
-# Of each run, then of each level (imp) or of the whole run (the other stages).
 TEXT = ["out", "stage", "dataset", "model", "name", "variant", "folder", "run", "data", "subset"]
 TEXT += ["metric", "control", "extra", "start", "outcome"]
-COUNTS = ["size", "offset", "rewind", "warmup", "replicate", "steps", "batch_size"]
+COUNTS = ["size", "offset", "rewind", "warmup", "replicate", "steps", "batch_size", "easy_size"]
 VALUES = ["noise", "pretrain_lr", "level", "weights_remaining", "test_accuracy", "test_loss"]
 VALUES += ["train_loss", "projected_test_accuracy", "seconds", "steps_per_second"]
-VALUES += ["pretrain_accuracy", "loss_barrier", "error_barrier", "connected"]
-VALUES += ["warmed_eigenvalue", "largest_eigenvalue"]
-COLUMNS = [*TEXT, *COUNTS, "balance", "done", *VALUES, "sharpness", "settings"]
+VALUES += ["pretrain_accuracy", "loss_barrier", "error_barrier"]
+VALUES += ["warmed_eigenvalue", "largest_eigenvalue"]  # at the end of warmup; from there on
+COLUMNS = [*TEXT, *COUNTS, "balance", "easy_balance", "connected", "done", *VALUES, "sharpness"]
 
 
 def skipped(reason: Any) -> None:
-    print(f"skipped: {reason}", file=sys.stderr)
+    """Says on stderr what is left out."""
+    runs.warn(f"skipped: {reason}")
 
 
 def frame(
@@ -73,13 +71,14 @@ def frame(
     for each level of an imp run, one row for a run of another stage. `name` is the folder of a
     configuration, `folder` that of the run, `done` is False for a run in progress; accuracies and
     `weights_remaining` are fractions. Damaged and foreign files are named on stderr and left out,
-    and so are copies of runs, barriers between any two networks, and runs that diverged."""
-    rows, seen = [], {}
-    for top in [out] if isinstance(out, str | Path) else out:
-        top = Path(top)
+    as are copies of runs, barriers between any two networks, and runs that diverged."""
+    tops = [Path(top) for top in ([out] if isinstance(out, str | Path) else out)]
+    for top in tops:
         if not top.is_dir():
             raise runs.UserError(f"{top} is not a folder: --out names one that holds results")
-        metrics = {m["sha256_of_scores"]: m["name"] for m in read_metrics(top)}
+    metrics = {m["sha256_of_scores"]: m["name"] for top in tops for m in read_metrics(top)}
+    rows, first = [], {}
+    for top in tops:
         for path in sorted(p for s in STAGES for p in top.glob(f"{s}/*/*/rep*/config.json")):
             if not re.fullmatch(r"rep\d+", path.parent.name):
                 continue
@@ -90,12 +89,12 @@ def frame(
             except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
                 skipped(f"{path.parent}: not one of our runs ({e!r})")
             else:
-                first = seen.setdefault(found[0]["run"], path.parent) if found else path.parent
-                if first != path.parent:
-                    skipped(f"{path.parent} is a copy of {first}")
+                original = first.setdefault(found[0]["run"], path.parent) if found else path.parent
+                if original != path.parent:
+                    skipped(f"{path.parent} is a copy of {original}")
                 elif not datasets or (found and found[0]["dataset"] in datasets):
                     rows += found
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "settings"])
     table[VALUES] = table[VALUES].apply(pd.to_numeric)
     table["variant"] = ""
     for _, same in table.groupby(["stage", "model"]):
@@ -105,8 +104,8 @@ def frame(
 
 def variants(settings: pd.Series) -> list[str]:
     """For each row "-steps150" and the like, the settings in which rows of a model differ."""
-    kept = [{k: v for k, v in s.items() if k not in IDENTITY | {"model"}} for s in settings]
-    shared = functools.reduce(lambda a, b: a & b, (set(k) for k in kept))  # formats 2 and 3
+    kept = [{k: v for k, v in s.items() if k not in IDENTITY} for s in settings]
+    shared = functools.reduce(lambda a, b: a & b, (set(k) for k in kept))  # of formats 2 and 3
     differ = [k for k in kept[0] if k in shared and len({str(x[k]) for x in kept}) > 1]
     words = ["".join(f"-{k}{x[k]}" for k in differ) for x in kept]
     return ["".join(c if c.isalnum() or c in "-_." else "+" for c in word) for word in words]
@@ -122,24 +121,21 @@ def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
         return []
     if folder.name != f"rep{s['replicate']}":
         raise runs.UserError(f"{folder} holds replicate {s['replicate']}")
-    log = folder / "log.csv"  # begun with the first level that is done
-    logged = runs.read_rows(log) if not done and log.exists() else []
-    ranked, name = s["subset"] in ("easy", "hard"), folder.parent.name
-    by = re.match(r"(?:easy|hard)[^-]*-(.+?)-(?:rewind|warmup)\d", name)  # where scores are gone
-    by = re.sub(r"^lmc(?=\d)", "lmc ", by[1]) if by else "el2n"
-    extra = [name.split("-rewind")[0]] if s.get("init") or s.get("indices") else []
-    extra += [k for k in ("mask" * bool(s.get("mask")), s.get("name")) if k]
-    row = {"out": str(out), "stage": stage, "model": folder.parts[-3], "name": name}
+    row = {"out": str(out), "stage": stage, "model": folder.parts[-3], "name": folder.parent.name}
     row |= {"folder": str(folder), "run": about["run"], "done": done, "settings": s}
     row |= {k: s[k] for k in ("dataset", "subset", "replicate", "steps", "batch_size")}
     row |= {k: s.get(k) for k in ("data", "pretrain_lr")} | {"noise": s["label_noise"]}
-    row |= {k: s.get(k) or 0 for k in ("size", "offset", "rewind", "warmup")}
-    row |= {"metric": metrics.get(s.get("scores"), by) if ranked else ""}
-    row |= {"balance": bool(s.get("balance")), "control": s.get("control") or ""}
+    row |= {k: s.get(k) or 0 for k in ("size", "offset", "rewind", "warmup", "easy_size")}
+    row |= {k: bool(s.get(k)) for k in ("balance", "easy_balance")}
+    row |= {"metric": metric_of(s, folder.parent.name, metrics), "control": s.get("control") or ""}
+    extra = [folder.parent.name.split("-rewind")[0]] if s.get("init") or s.get("indices") else []
+    extra += [k for k in ("mask" * bool(s.get("mask")), s.get("name")) if k]
     row |= {"extra": ", ".join(extra)}
     if "pretrain" in result:
         row["start"] = result["pretrain"].get("fingerprint")
         row["pretrain_accuracy"] = result["pretrain"].get("test_accuracy")
+    log = folder / "log.csv"  # begun with the first level or evaluation
+    logged = runs.read_rows(log) if not done and log.exists() else []
     if stage == "imp":
         levels = result["levels"] if done else [x for x in logged if x["phase"][:5] == "level"]
         keys = [k for k in VALUES if any(k in x for x in levels)]
@@ -151,11 +147,18 @@ def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
     row |= {k: result.get(k) for k in ("test_accuracy", "train_loss") if stage == "warmup"}
     tops = result.get("sharpness") or [x for x in logged if x.get("eigenvalue")]
     tops = [(int(x["step"]), float(x["eigenvalue"])) for x in tops if x["eigenvalue"] is not None]
-    later = [x for step, x in tops if step >= row["warmup"]]
-    row |= {"sharpness": tops} | dict.fromkeys(("warmed_eigenvalue", "largest_eigenvalue"))
-    return [
-        row | {"warmed_eigenvalue": later[0], "largest_eigenvalue": max(later)} if later else row
-    ]
+    if later := [x for step, x in tops if step >= row["warmup"]]:
+        row |= {"warmed_eigenvalue": later[0], "largest_eigenvalue": max(later)}
+    return [row | {"sharpness": tops}]
+
+
+def metric_of(settings: dict, name: str, metrics: dict[str, str]) -> str:
+    """What a subset was ranked by: of the scores that are there, else by the folder's name."""
+    if settings["subset"] not in ("easy", "hard"):
+        return ""
+    by = re.match(r"(?:easy|hard)[^-]*-(.+?)-(?:rewind|warmup)\d", name)
+    by = re.sub(r"^lmc(?=\d)", "lmc ", by[1]) if by else "el2n"
+    return metrics.get(settings.get("scores"), by)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -164,7 +167,7 @@ def read_metrics(out: Path) -> list[dict]:
     found = []
     for path in sorted([*out.glob("el2n/*/*/scores.json"), *out.glob("lmc/*/*/scores.json")]):
         try:
-            about = runs.read_json(path, "metric", "sha256_of_scores", "label_noise")
+            about = runs.read_json(path, "metric", "sha256_of_scores", "label_noise", "data")
         except runs.UserError as e:
             skipped(e)
             continue
@@ -188,8 +191,8 @@ def load(path: Path) -> Any:
         return skipped(e)
 
 
-def load_all(rows: pd.DataFrame, name: str) -> list[np.ndarray]:
-    """An array of each finished run that has it."""
+def load_all(rows: pd.DataFrame, name: str) -> list[Any]:
+    """A file of each finished run that has it."""
     folders = rows.loc[rows["done"], "folder"].drop_duplicates()
     return [x for f in folders if (x := load(Path(f) / name)) is not None]
 
@@ -201,6 +204,12 @@ def summarise(rows: pd.DataFrame, by: str, value: str = "test_accuracy") -> pd.D
     """Mean, sample standard deviation (NaN for n = 1) and n of a column, indexed by `by`."""
     groups = rows.dropna(subset=[value]).groupby(by)[value]
     return groups.agg(mean="mean", sd="std", n="count")
+
+
+def as_points(values: Iterable[float]) -> pd.DataFrame:
+    """One row of mean, sd and n."""
+    x = pd.Series(list(values), dtype=float).dropna()
+    return pd.DataFrame({"mean": [x.mean()], "sd": [x.std()], "n": [len(x)]})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,9 +272,9 @@ class Curve:
 
     @property
     def n(self) -> list[int]:
-        return sorted(
-            {*self.points["n"]} if len(self.points) else {self.rows["replicate"].nunique()}
-        )
+        """The numbers of replicates of its points."""
+        known = {*self.points["n"]} if len(self.points) else {self.rows["replicate"].nunique()}
+        return sorted(known)
 
     @property
     def legend(self) -> str:
@@ -282,8 +291,8 @@ class Curve:
 
 def span(numbers: Iterable[int]) -> str:
     """ "4", or "2-4"."""
-    n = sorted({*numbers})
-    return "-".join(str(int(x)) for x in n[:: max(1, len(n) - 1)])
+    n = sorted({int(x) for x in numbers})
+    return f"{n[0]}-{n[-1]}" if len(n) > 1 else str(*n)
 
 
 def make_curve(rows: pd.DataFrame, usual_rate: float) -> Curve:
@@ -295,26 +304,24 @@ def make_curve(rows: pd.DataFrame, usual_rate: float) -> Curve:
     keys |= {"balance": bool(first["balance"]), "offset": int(first["offset"])}
     rate = first["pretrain_lr"]
     other = first["rewind"] and not math.isnan(rate) and rate != usual_rate
-    keys |= {"rate": float(rate) if other else 0.0}
     step = int(first["warmup"] if first["stage"] == "warmup" else first["rewind"])
-    return Curve(first["subset"], int(first["size"]), step, **keys, points=points, rows=rows)
+    keys |= {"rate": float(rate) if other else 0.0, "points": points, "rows": rows}
+    return Curve(first["subset"], int(first["size"]), step, **keys)
 
 
 def make_curves(rows: pd.DataFrame) -> list[Curve]:
     """The configurations of one picture, in the order of its legend."""
     preset = options.PRESETS.get(rows["dataset"].iloc[0])
     frequent = rows.loc[rows["rewind"] > 0, "pretrain_lr"].mode()
-    usual = preset.pretrain_lr if preset else frequent[0] if len(frequent) else math.nan
-    curves = [make_curve(part, usual) for _, part in rows.groupby(["out", "name"])]
+    usual_rate = preset.pretrain_lr if preset else frequent[0] if len(frequent) else math.nan
+    curves = [make_curve(part, usual_rate) for _, part in rows.groupby(["out", "name"])]
     often = Counter(c.label for c in curves)
+    mark = "out" if rows["out"].nunique() > 1 else "name"
     for k, c in enumerate(curves):
         if often[c.label] > 1:
-            first = c.rows.iloc[0]
-            elsewhere = rows["out"].nunique() > 1
-            curves[k] = dataclasses.replace(c, mark=first["out" if elsewhere else "name"])
+            curves[k] = dataclasses.replace(c, mark=c.rows[mark].iloc[0])
     order = {s: k for k, s in enumerate(SUBSETS)}
-    curves.sort(key=lambda c: (order.get(c.subset, 9), c.size, c.step, c.label))
-    return curves
+    return sorted(curves, key=lambda c: (order.get(c.subset, 9), c.size, c.step, c.label))
 
 
 def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
@@ -323,10 +330,10 @@ def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
     return [c for c in curves if all(getattr(c, k) in v for k, v in choices.items())]
 
 
-def usual(curves: Iterable[Curve], noise: bool = False, ranked: bool = False) -> list[Curve]:
-    """Those of the paper's main figures, by EL2N; unbalanced, or with `ranked` balanced too."""
+def usual(curves: Iterable[Curve], noise: bool = False, balanced: bool = False) -> list[Curve]:
+    """Those of the paper's main figures, by EL2N; with `balanced` those, too."""
     found = pick(curves, metric=("", "el2n"), offset=0, control="", extra="", rate=0.0)
-    return [c for c in found if bool(c.noise) == noise and (ranked or not c.balance)]
+    return [c for c in found if bool(c.noise) == noise and (balanced or not c.balance)]
 
 
 def all_data(curves: Iterable[Curve], noise: float = 0.0) -> list[Curve]:
@@ -342,19 +349,20 @@ def main_setting(curves: list[Curve]) -> tuple[int, int]:
     return (preset or [x for x, _ in found.most_common(1)] or [(0, 0)])[0]
 
 
+def three_levels(curves: list[Curve]) -> tuple[int, ...]:
+    """The paper's 8, 10 and 12, or thirds of what there is."""
+    last = max((max(c.points.index) for c in curves if len(c.points)), default=0)
+    return (8, 10, 12) if last >= 12 else tuple(sorted({last, -(-2 * last // 3), -(-last // 3)}))
+
+
 @dataclasses.dataclass
 class Page:
-    """What one picture is drawn from, the runs of a model, and its panels so far."""
+    """What one picture or table is made from: the runs of a stage and a model."""
 
     name: str  # the model, and the settings in which its runs differ
     rows: pd.DataFrame  # of one stage
     table: pd.DataFrame  # of all stages
-    paper: str = ""  # whose curves of the paper stand behind: cifar10, or ""
-
-    def __post_init__(self):
-        self.figure = Picture(layout="constrained")
-        self.panels: list[Axes] = []
-        self.entries: dict[str, list] = {}  # label -> [handle, numbers of replicates, running]
+    paper: str = ""  # the data set whose curves of the paper stand behind, or ""
 
     @functools.cached_property
     def curves(self) -> list[Curve]:
@@ -369,23 +377,6 @@ class Page:
         found = [m for out in self.table["out"].unique() for m in read_metrics(Path(out))]
         mine = self.rows["model"].iloc[0], self.rows["data"].iloc[0]
         return [m for m in found if (m["model"], m["data"]) == mine and not m["label_noise"][0]]
-
-    def panel(self, xlabel: str, ylabel: str, title: str = "", **more: Any) -> Axes:
-        ax = self.figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title, **more)
-        self.panels.append(ax)
-        return ax
-
-    def note(self, label: str, handle: Any, n: Iterable[int] = (), running: bool = False) -> None:
-        """An entry of the legend; of panels with the same label, one."""
-        entry = self.entries.setdefault(label, [handle, set(), False])
-        entry[1] |= {int(k) for k in n}
-        entry[2] |= running
-
-    def labels(self) -> list[str]:
-        numbers = [
-            (k, f" (n={span(n)})" if n else "", going) for k, (_, n, going) in self.entries.items()
-        ]
-        return [f"{k}{n}" + "*" * going for k, n, going in numbers]
 
 
 def pages(table: pd.DataFrame, stage: str, paper: str | None = None) -> Iterator[Page]:
@@ -402,12 +393,13 @@ def pages(table: pd.DataFrame, stage: str, paper: str | None = None) -> Iterator
 
 @functools.cache
 def paper_table(name: str) -> pd.DataFrame:
+    """A file of paper/; empty, but for the columns that are asked for here, where there is none."""
     path = PAPER / name
-    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+    return pd.read_csv(path) if path.exists() else pd.DataFrame({"dataset": [], "experiment": []})
 
 
 def paper_points(rows: pd.DataFrame, by: str, mean: str, sd: str, n: str) -> pd.DataFrame:
-    """Their population deviations as sample ones."""
+    """Points with the paper's population deviations as sample ones."""
     count = rows[n].to_numpy()
     deviation = rows[sd].to_numpy() * np.sqrt(count / np.maximum(count - 1, 1))
     columns = {"mean": rows[mean].to_numpy(), "sd": deviation, "n": count}
@@ -417,20 +409,17 @@ def paper_points(rows: pd.DataFrame, by: str, mean: str, sd: str, n: str) -> pd.
 @functools.cache
 def paper_curves(dataset: str) -> list[Curve]:
     """imp_curves.csv of a data set."""
-    table, curves = paper_table("imp_curves.csv"), []
+    table, curves = paper_table("imp_curves.csv").query("dataset == @dataset"), []
     by = ["method", "subset_size", "rewind_steps", "label_noise"]
-    table = table[table["dataset"] == dataset] if len(table) else table
     for (method, size, step, noise), rows in table.groupby(by) if len(table) else ():
         forgetting = method == "forgetting"
         subset = "easy" if forgetting else method
         points = paper_points(rows, "level", "accuracy_mean", "accuracy_std", "replicates")
         points["weights_remaining"] = rows["weights_remaining"].to_numpy()
         keys = {"metric": "forgetting" if forgetting else "el2n" * (subset in ("easy", "hard"))}
-        balance = (True if forgetting else BALANCED.get(dataset)) if subset == "easy" else False
-        size = 0 if size == "full" else int(size)
-        curves.append(
-            Curve(subset, size, int(step), float(noise), **keys, balance=balance, points=points)
-        )
+        keys["balance"] = subset == "easy" and (forgetting or BALANCED.get(dataset))
+        number = 0 if size == "full" else int(size)
+        curves.append(Curve(subset, number, int(step), float(noise), **keys, points=points))
     return curves
 
 
@@ -466,18 +455,14 @@ def paper_warmup(c: Curve) -> pd.DataFrame:
 
 
 def welch(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """Of two tables with mean, sd and n: the difference of the means, its standard error and degrees
+    """Of two tables with mean, sd and n: the difference of the means, its standard error, degrees
     of freedom, the two-sided p, and that of a below b; NaN where a deviation is missing."""
     va, vb = a["sd"] ** 2 / a["n"], b["sd"] ** 2 / b["n"]
     found = pd.DataFrame({"difference": a["mean"] - b["mean"], "standard_error": np.sqrt(va + vb)})
     with np.errstate(divide="ignore", invalid="ignore"):
         df = (va + vb) ** 2 / (va**2 / (a["n"] - 1) + vb**2 / (b["n"] - 1))
-        t = found["difference"] / found["standard_error"]
-    t = t.mask((found["difference"] == 0) & (found["standard_error"] == 0), 0.0)
-    found["df"] = df.mask((found["standard_error"] == 0), a["n"] + b["n"] - 2)
-    found["p"] = 2 * stats.t.sf(t.abs(), found["df"])
-    found["p_below"] = stats.t.cdf(t, found["df"])
-    return found
+    found["df"] = df.mask(found["standard_error"] == 0, a["n"] + b["n"] - 2)
+    return with_p(found)
 
 
 def paired(differences: pd.DataFrame) -> pd.DataFrame:
@@ -486,15 +471,15 @@ def paired(differences: pd.DataFrame) -> pd.DataFrame:
     found = pd.DataFrame({"difference": differences.mean(axis=1)})
     found["standard_error"] = differences.std(axis=1, ddof=1) / math.sqrt(max(n, 1))
     found["df"] = n - 1
-    t = found["difference"] / found["standard_error"]
-    found["p"], found["p_below"] = 2 * stats.t.sf(t.abs(), n - 1), stats.t.cdf(t, n - 1)
-    return found
+    return with_p(found)
 
 
-def as_points(values: Iterable[float]) -> pd.DataFrame:
-    """One row of mean, sd and n."""
-    x = pd.Series(list(values), dtype=float).dropna()
-    return pd.DataFrame({"mean": [x.mean()], "sd": [x.std()], "n": [len(x)]})
+def with_p(found: pd.DataFrame) -> pd.DataFrame:
+    """With Student's two-sided p, and that of a difference below 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = found["difference"] / found["standard_error"]
+    t = t.mask((found["difference"] == 0) & (found["standard_error"] == 0), 0.0)
+    return found.assign(p=2 * stats.t.sf(t.abs(), found["df"]), p_below=stats.t.cdf(t, found["df"]))
 
 
 def shared_differences(a: Curve, b: Curve, levels: list[int]) -> pd.DataFrame:
@@ -515,9 +500,10 @@ def over_levels(a: Curve, b: Curve, levels: list[int]) -> tuple[pd.Series, str]:
     each = [c.by_replicate.reindex(levels).dropna(axis=1).mean() for c in (a, b)]
     if min(map(len, each)) > 1:
         return welch(*map(as_points, each)).iloc[0], "by replicate"
-    both = (c.points.loc[levels] for c in (a, b))
-    worst = [pd.DataFrame({"mean": [x["mean"].mean()], "sd": [x["sd"].mean(skipna=False)],
-                           "n": [x["n"].min()]}) for x in both]  # fmt: skip
+    worst = []
+    for x in (c.points.loc[levels] for c in (a, b)):
+        row = {"mean": x["mean"].mean(), "sd": x["sd"].mean(skipna=False), "n": x["n"].min()}
+        worst.append(pd.DataFrame([row]))
     return welch(*worst).iloc[0], "levels as if fully correlated"
 
 
@@ -565,7 +551,7 @@ def ranges(levels: Iterable[int]) -> str:
             spans[-1].append(k)
         else:
             spans.append([k])
-    return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans) or "none"
+    return ", ".join(map(span, spans)) or "none"
 
 
 def detectable(found: pd.DataFrame | pd.Series, limit: float) -> Any:
@@ -630,7 +616,6 @@ def compare(
     found = judge(a.points, b.points, both, slack, error)
     ends = [f"{a.points.loc[k, 'weights_remaining']:.1%}" for k in both[:1] + both[-1:]]
     mean, how = over_levels(a, b, both) if both else (pd.Series(dtype=float), "-")
-    seen = detectable(found, limit_of(error, len(both))).median() if both else math.nan
 
     def where(column: str) -> str:
         return ranges(found.index[found[column]])
@@ -652,8 +637,8 @@ def compare(
         "A_matches_dense_at": ranges(as_dense(a, dense, [*a.points.index], error)),
         "B_matches_dense_at": ranges(as_dense(b, dense, [*b.points.index], error)),
         "family_wise_error": error,
-        "found_at_one_level": seen,  # deficits seen with probability .8
-        "found_in_the_mean": detectable(mean, error) if both else math.nan,
+        "seen_at_a_level": detectable(found, limit_of(error, len(both))).median(),
+        "seen_in_the_mean": detectable(mean, error) if both else math.nan,
         "slack_in_standard_errors": slack,
         "by_slack": verdict(found, "literally_"),
         "A_above_by_slack": where("literally_above"),
@@ -661,13 +646,76 @@ def compare(
     }
 
 
-# ---- what several tables and figures take ------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
-def three_levels(curves: list[Curve]) -> tuple[int, ...]:
-    """The paper's 8, 10 and 12, or thirds of what there is."""
-    last = max((max(c.points.index) for c in curves if len(c.points)), default=0)
-    return (8, 10, 12) if last >= 12 else tuple(sorted({last, -(-2 * last // 3), -(-last // 3)}))
+def level_rows(page: Page) -> Iterator[dict]:
+    """Test accuracy at each level, ours and the paper's, and how they differ."""
+    for c in page.curves:
+        theirs = published(c, page.paper)
+        points = (theirs or c).points.reindex(c.points.index if theirs else [])
+        found = welch(c.points, points.reindex(c.points.index))
+        for k, x in c.points.iterrows():
+            row = {"configuration": c.legend, "level": k, "ours": x["mean"], "sd": x["sd"]}
+            row |= {"weights_remaining": x["weights_remaining"], "n": int(x["n"])}
+            p = points.loc[k] if k in points.index else {}
+            row |= {"paper": p.get("mean"), "paper_sd": p.get("sd"), "paper_n": p.get("n")}
+            row |= {"paper_is_of": differs(c, theirs) if theirs else ""}
+            yield row | found.loc[k, ["difference", "standard_error", "p"]].to_dict()
+
+
+def compared(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
+    """Each curve with those of all data; tickets with their controls."""
+    for a, b in itertools.permutations(curves, 2):
+        same = (a.what, a.step, a.noise) == (b.what, b.step, b.noise)
+        full = b in all_data(curves, b.noise) and b.noise <= a.noise
+        if (same and b.control and not a.control) or (
+            full and (a.subset != "all" or a.step > b.step)
+        ):
+            yield a, b
+
+
+def rewind_rows(page: Page, error: float) -> list[dict]:
+    """t* by the paper's rule: the first step from which sparse networks match dense ones down to
+    16.8 % of the weights (level 8), for each learning rate of pre-training."""
+    full = pick(page.curves, subset="all", noise=0.0, control="", extra="")
+    full = [c for c in full if 0 in c.points.index and len(c.points) > 1]
+    rows, starred = [], set()
+    for c in sorted(full, key=lambda c: (c.rate, c.step)):
+        last = min(8, max(c.points.index))
+        levels = [k for k in c.points.index if 0 < k <= last]
+        under = sorted({*levels} - {*as_dense(c, c.points.loc[0], levels, error)})
+        matches = "no" if under else "yes" if min(c.n) > 1 else "not tested: one replicate"
+        first = matches == "yes" and c.rate not in starred
+        starred |= {c.rate} if first else set()
+        rate = c.rows["pretrain_lr"].iloc[0]
+        row = {"pretrain_lr": rate if c.step else None, "rewind": c.step, "n": span(c.n)}
+        row |= {"level": last, "weights_remaining": c.points.loc[last, "weights_remaining"]}
+        row |= {"accuracy": c.points.loc[last, "mean"], "dense": c.points.loc[0, "mean"]}
+        row |= {"below_dense_at": ranges(under), "matches_dense": matches, "t*": "t*" * first}
+        alike = [
+            x.points.loc[last, "mean"] for x in pick(full, step=c.step) if last in x.points.index
+        ]
+        best = len(alike) > 1 and bool(row["accuracy"] == max(alike))
+        rows.append(row | {"best_rate": f"best of {len(alike)}" * best})
+    return rows
+
+
+def size_rows(page: Page) -> list[dict]:
+    """Which size of each kind of subset is best, by the mean over the levels of Figure 3."""
+    ranked = [c for c in page.curves if c.size and not c.control and len(c.points)]
+    rows, levels = [], [*three_levels(ranked)]
+    ranked = [c for c in ranked if {*levels} <= {*c.points.index}]
+    for key in dict.fromkeys((c.kind, c.step) for c in ranked):
+        alike = [c for c in ranked if (c.kind, c.step) == key]
+        best = max(alike, key=lambda c: c.points.loc[levels, "mean"].mean())
+        for c in alike if len(alike) > 1 else ():
+            row = {"configuration": c.legend, "size": c.size, "levels": ranges(levels)}
+            row |= {"accuracy": c.points.loc[levels, "mean"].mean(), "best": "best" * (c is best)}
+            found, how = over_levels(c, best, levels)
+            tested = {k: found[k] for k in ("difference", "standard_error", "p")} | {"tested": how}
+            rows.append(row | (tested if c is not best else dict.fromkeys(tested)))
+    return rows
 
 
 def barriers(page: Page) -> pd.DataFrame:
@@ -681,16 +729,37 @@ def barriers(page: Page) -> pd.DataFrame:
     final = imp[imp["level"] == level].drop_duplicates(["start", "steps"])
     final = final.set_index(["start", "steps"])["test_accuracy"]
     rows = page.rows[page.rows["done"] & page.rows["loss_barrier"].notna()].copy()
-    rows["configuration"] = ""
+    rows["configuration"], rows["level"] = "", level
     for c in page.curves:
         rows.loc[rows.index.intersection(c.rows.index), "configuration"] = c.label
-    rows["level"] = level
     keys = zip(rows["start"], rows["steps"], strict=True)
-    rows["final_accuracy"] = [final.get(key, math.nan) for key in keys]
+    return rows.assign(final_accuracy=[final.get(key, math.nan) for key in keys])
+
+
+def onset_rows(page: Page) -> list[dict]:
+    """Barriers by spawn point for each kind of pre-training, and from where on children are
+    connected: the mean error barrier is below 2 % there and at every later spawn point."""
+    done = [c for c in page.curves if c.rows["loss_barrier"].notna().any()]
+    start, rows = pick(done, subset="all", step=0)[:1], []
+    for key in dict.fromkeys((c.kind, c.size) for c in done):
+        alike = [c for c in done if (c.kind, c.size) == key and c.step]
+        alike = start + sorted(alike, key=lambda c: c.step)
+        joined = [c.rows["error_barrier"].mean() < CONNECTED for c in alike]
+        late = next((k for k in range(len(alike)) if all(joined[k:])), None)
+        onset = "one spawn point" if len(alike) < 2 else "none"
+        onset = f"step {alike[late].step}" if late is not None and len(alike) > 1 else onset
+        for c, connected in zip(alike, joined, strict=True):
+            loss, error = (c.rows[k].dropna() for k in ("loss_barrier", "error_barrier"))
+            row = {"pretraining": alike[-1].what + alike[-1].more, "spawned_at": c.step}
+            row |= {"n": len(loss), "loss_barrier": loss.mean(), "sd": loss.std()}
+            row |= {"error_barrier": error.mean(), "error_sd": error.std()}
+            row |= {"connected": "yes" if connected else "no", "onset": onset}
+            rows.append(row | {"replicates_connected": int((error < CONNECTED).sum())})
     return rows
 
 
 def correlate(rows: pd.DataFrame, key: str, value: str = "final_accuracy") -> dict[str, Any]:
+    """Pearson's and Spearman's coefficients with their p; None where they are not defined."""
     known = rows.dropna(subset=[key, value])
     row: dict[str, Any] = {"n": len(known), **dict.fromkeys(("pearson", "p", "spearman", "p_rank"))}
     if len(known) > 2 and known[key].nunique() > 1 and known[value].nunique() > 1:
@@ -700,7 +769,22 @@ def correlate(rows: pd.DataFrame, key: str, value: str = "final_accuracy") -> di
     return row
 
 
+def correlation_rows(page: Page, rows: pd.DataFrame) -> Iterator[dict]:
+    """Of Figure 5's forecasts with the final accuracy, with and without step 0."""
+    theirs = paper_table("lmc_scatter.csv").query("dataset == @page.paper")
+    names = {"pretrain_accuracy": "pretrain_test_accuracy"}
+    for key, column in {**names, "loss_barrier": "mean_train_loss_barrier"}.items():
+        yield {"forecast": key, "of": "ours, all starts", **correlate(rows, key)}
+        later = rows[rows["rewind"] > 0]
+        yield {"forecast": key, "of": "ours, without step 0", **correlate(later, key)}
+        if len(theirs):
+            y = pd.to_numeric(theirs["final_test_accuracy_level7"], errors="coerce")
+            found = correlate(theirs.assign(final=y), column, "final")
+            yield {"forecast": key, "of": SOURCE, **found}
+
+
 def trained(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs of warmup that neither diverged nor stayed at chance."""
     return rows[rows["outcome"] == "trained"]
 
 
@@ -712,148 +796,22 @@ def sharpness(rows: pd.DataFrame) -> pd.DataFrame:
     return summarise(each.assign(log=np.log(each["eigenvalue"])), "step", "log")
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def level_rows(page: Page) -> Iterator[dict]:
-    """Test accuracy at each level, ours and the paper's, and how they differ."""
-    for c in page.curves:
-        theirs = published(c, page.paper)
-        points = theirs.points if theirs else c.points.iloc[:0]
-        found = welch(c.points, points.reindex(c.points.index))
-        for k, x in c.points.iterrows():
-            p = points.loc[k] if k in points.index else {}
-            row = {"configuration": c.legend, "level": k, "ours": x["mean"], "sd": x["sd"]}
-            row |= {"weights_remaining": x["weights_remaining"], "n": int(x["n"])}
-            row |= {"paper": p.get("mean"), "paper_sd": p.get("sd"), "paper_n": p.get("n")}
-            row |= {"paper_is_of": differs(c, theirs) if theirs else ""}
-            yield (
-                row
-                | found.loc[k, ["difference", "standard_error"]].to_dict()
-                | {"welch_p": found.loc[k, "p"]}
-            )
-
-
-def compared(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
-    """Each curve with those of all data; tickets with their controls."""
-    for a, b in itertools.product(curves, curves):
-        later = a.subset != "all" or a.step > b.step
-        control = (
-            b.control and not a.control and (a.what, a.step, a.noise) == (b.what, b.step, b.noise)
-        )
-        full = b in all_data(curves, b.noise) and b.noise <= a.noise
-        if a is not b and (control or (full and later)):
-            yield a, b
-
-
-def rewind_rows(page: Page, error: float) -> list[dict]:
-    """t* by the paper's rule: the first step from which sparse networks match dense ones down to
-    16.8 % of the weights (level 8), for each learning rate of pre-training."""
-    full = pick(page.curves, subset="all", noise=0.0, control="", extra="")
-    full = [c for c in full if 0 in c.points.index and len(c.points) > 1]
-    rows = []
-    for rate in dict.fromkeys(c.rate for c in full):
-        starred = False
-        for c in sorted(pick(full, rate={rate} | {0.0}), key=lambda c: c.step):
-            if c.step == 0 and rate:
-                continue
-            last = min(8, max(c.points.index))
-            levels = [k for k in c.points.index if 0 < k <= last]
-            under = sorted({*levels} - {*as_dense(c, c.points.loc[0], levels, error)})
-            matches = "no" if under else "yes" if min(c.n) > 1 else "not tested: one replicate"
-            star, starred = matches == "yes" and not starred, starred or matches == "yes"
-            row = {"pretrain_lr": c.rows["pretrain_lr"].iloc[0], "rewind": c.step, "n": span(c.n)}
-            row |= {"level": last, "weights_remaining": c.points.loc[last, "weights_remaining"]}
-            row |= {"accuracy": c.points.loc[last, "mean"], "dense": c.points.loc[0, "mean"]}
-            row |= {"below_dense_at": ranges(under), "matches_dense": matches}
-            rows.append(row | {"t*": "t*" * star, "best_rate": ""})
-    for same in pd.DataFrame(rows).groupby("rewind").groups.values() if rows else ():
-        if len(same) > 1 and rows[same[0]]["rewind"]:
-            best = max(same, key=lambda k: rows[k]["accuracy"])
-            rows[best]["best_rate"] = f"best of {len(same)}"
-    return rows
-
-
-def size_rows(page: Page) -> list[dict]:
-    """Which size of each kind of subset is best, by the mean over the levels of Figure 3."""
-    ranked = [c for c in page.curves if c.size and not c.control and len(c.points)]
-    rows, levels = [], [*three_levels(ranked)]
-    ranked = [c for c in ranked if {*levels} <= {*c.points.index}]
-    for kind, step in dict.fromkeys((c.kind, c.step) for c in ranked):
-        alike = [c for c in ranked if (c.kind, c.step) == (kind, step)]
-        best = max(alike, key=lambda c: c.points.loc[levels, "mean"].mean())
-        for c in alike if len(alike) > 1 else ():
-            row = {"configuration": c.legend, "size": c.size, "levels": ranges(levels)}
-            row |= {"accuracy": c.points.loc[levels, "mean"].mean(), "best": "best" * (c is best)}
-            found, how = over_levels(c, best, levels)
-            row |= {k: found[k] for k in ("difference", "standard_error", "p")} | {"tested": how}
-            rows.append(row if c is not best else row | dict.fromkeys([*row][-4:]))
-    return rows
-
-
-def onset_rows(page: Page) -> list[dict]:
-    """Barriers by spawn point for each kind of pre-training, and from where on children are
-    connected: the mean error barrier is below 2 % there and at every later spawn point."""
-    done = [c for c in page.curves if c.rows["loss_barrier"].notna().any()]
-    rows, start = (
-        [],
-        pick(all_at_zero := pick(done, subset="all", step=0), noise=0.0) or all_at_zero,
-    )
-    for kind, size in dict.fromkeys((c.kind, c.size) for c in done):
-        alike = [c for c in done if (c.kind, c.size) == (kind, size) and c.step]
-        alike = sorted(start + alike, key=lambda c: c.step)
-        means = [c.rows["error_barrier"].mean() for c in alike]
-        joined = [m < CONNECTED for m in means]
-        late = next((k for k in range(len(alike)) if all(joined[k:])), None)
-        onset = "none" if late is None else f"step {alike[late].step}"
-        for c, mean, connected in zip(alike, means, joined, strict=True):
-            loss, error = (c.rows[k].dropna() for k in ("loss_barrier", "error_barrier"))
-            row = {"pretraining": alike[-1].what + alike[-1].more, "spawned_at": c.step}
-            row |= {"n": len(loss), "loss_barrier": loss.mean(), "sd": loss.std()}
-            row |= {"error_barrier": mean, "error_sd": error.std()}
-            row |= {
-                "connected": "yes" if connected else "no",
-                "replicates_connected": int((error < CONNECTED).sum()),
-            }
-            rows.append(row | {"onset": onset if len(alike) > 1 else "one spawn point"})
-    return rows
-
-
-def correlation_rows(page: Page, rows: pd.DataFrame) -> Iterator[dict]:
-    """Of Figure 5's forecasts with the final accuracy, with and without step 0."""
-    theirs = paper_table("lmc_scatter.csv")
-    theirs = theirs[theirs["dataset"] == page.paper] if len(theirs) else theirs
-    names = {
-        "pretrain_accuracy": "pretrain_test_accuracy",
-        "loss_barrier": "mean_train_loss_barrier",
-    }
-    for key, column in names.items():
-        every, later = correlate(rows, key), correlate(rows[rows["rewind"] > 0], key)
-        yield {"forecast": key, "of": "ours, all starts", **every}
-        yield {"forecast": key, "of": "ours, without step 0", **later}
-        if len(theirs):
-            y = pd.to_numeric(theirs["final_test_accuracy_level7"], errors="coerce")
-            yield {
-                "forecast": key,
-                "of": SOURCE,
-                **correlate(theirs.assign(final=y), column, "final"),
-            }
-
-
 def warmup_rows(page: Page) -> Iterator[dict]:
     """Final accuracy and sharpness of each configuration, and the paper's accuracy."""
     for c in page.curves:
         good = trained(c.rows)
         theirs = paper_warmup(c) if page.paper == "cifar10" else pd.DataFrame()
-        theirs = theirs.loc[[c.step]].reset_index(drop=True) if c.step in theirs.index else None
-        ours, lost = as_points(good["test_accuracy"]), int((c.rows["done"]).sum()) - len(good)
+        theirs = theirs.reindex([c.step]).reset_index(drop=True)
+        ours, lost = as_points(good["test_accuracy"]), int(c.rows["done"].sum()) - len(good)
         row = {"configuration": c.label, "warmup": c.step, "ours": ours.loc[0, "mean"]}
         row |= {"sd": ours.loc[0, "sd"], "n": len(good), "not_trained": lost}
         for k in ("warmed_eigenvalue", "largest_eigenvalue"):
             row |= {k: good[k].mean(), f"{k}_sd": good[k].std()}
-        found = welch(ours, theirs).iloc[0] if theirs is not None else {}
-        row |= {"paper": theirs.loc[0, "mean"] if theirs is not None else None}
-        yield row | {k: found.get(k) for k in ("difference", "standard_error", "p")}
+        if "mean" in theirs:
+            found = welch(ours, theirs).iloc[0]
+            row |= {"paper": theirs.loc[0, "mean"]}
+            row |= {k: found[k] for k in ("difference", "standard_error", "p")}
+        yield row
 
 
 def warmup_differences(page: Page) -> Iterator[dict]:
@@ -869,14 +827,18 @@ def warmup_differences(page: Page) -> Iterator[dict]:
             found, d = welch(as_points(x), as_points(y)).iloc[0], (x - y).dropna()
             row |= {k: found["difference"], f"{k}_se": found["standard_error"]}
             row |= {f"{k}_p": found["p"], f"{k}_paired_n": len(d)}
-            p = paired(d.to_frame().T)["p"].iloc[0] if len(d) > 1 else math.nan
-            row |= {f"{k}_paired_p": p}
+            row |= {f"{k}_paired_p": paired(d.to_frame().T)["p"].iloc[0] if len(d) > 1 else None}
         yield row
 
 
 def tables(
-    table: pd.DataFrame, levels: Iterable[int], slack: float, error: float, paper: str | None = None
+    table: pd.DataFrame,
+    levels: Iterable[int] = (),
+    slack: float = 1.0,
+    error: float = 0.05,
+    paper: str | None = None,
 ) -> Iterator[tuple[str, list[dict]]]:
+    """The name and the rows of each table."""
     for page in pages(table, "imp", paper):
         curves = [c for c in page.curves if len(c.points)]
         yield f"imp-{page.name}", [*level_rows(page)]
@@ -884,6 +846,7 @@ def tables(
         yield f"verdicts-{page.name}", [compare(a, b, *more) for a, b in compared(curves)]
         yield f"rewind-{page.name}", rewind_rows(page, error)
         yield f"sizes-{page.name}", size_rows(page)
+        yield f"accuracy-{page.name}", wide(curves, levels)
     for page in pages(table, "lmc", paper):
         rows = barriers(page)
         keys = ["configuration", "replicate", "loss_barrier", "error_barrier", "connected"]
@@ -896,31 +859,38 @@ def tables(
         yield f"warmup_differences-{page.name}", [*warmup_differences(page)]
 
 
-def cell(value: Any) -> str:
-    if isinstance(value, float | np.floating):
-        return "" if math.isnan(value) else f"{value:.5g}"
-    return "" if value is None else str(value)
-
-
-def wide(page: Page, levels: Iterable[int] = ()) -> list[list[str]]:
-    """Rows of a table for a paper: test accuracy in percent, mean ± deviation, a column a level
-    (at most seven unless `levels` names them), with as many digits as deviations have meaning."""
-    curves = [c for c in page.curves if len(c.points)]
+def wide(curves: list[Curve], levels: Iterable[int] = ()) -> list[dict]:
+    """A table for a paper: test accuracy in percent, mean ± deviation, a column a level (at most
+    seven unless `levels` names them), with as many digits as the deviations have meaning."""
     remaining = {k: v for c in curves for k, v in c.points["weights_remaining"].items()}
     known = sorted(k for k in remaining if not levels or k in levels)
     if not levels and len(known) > 7:
         known = [known[round(i * (len(known) - 1) / 6)] for i in range(7)]
-    sd = np.nanmedian([x for c in curves for x in c.points["sd"]] + [math.nan] * 0 or [math.nan])
-    digits = 2 if sd < 0.002 else 1
-    rows = [["pre-training", "n", *(f"{100 * remaining[k]:.3g} %" for k in known)]]
+    digits = 2 if np.median([x for c in curves for x in c.points["sd"]] or [1]) < 0.002 else 1
+    rows = []
     for c in curves:
-        cells = []
+        row = {"pre-training": c.label + "*" * c.running, "n": span(c.n)}
         for k in known:
             x = c.points.loc[k] if k in c.points.index else None
-            spread = "" if x is None or math.isnan(x["sd"]) else f" ± {100 * x['sd']:.{digits}f}"
-            cells.append("" if x is None else f"{100 * x['mean']:.{digits}f}{spread}")
-        rows.append([c.label + "*" * c.running, span(c.n), *cells])
+            cell = "" if x is None else mean_sd(100 * x["mean"], 100 * x["sd"], digits)
+            row[f"{100 * remaining[k]:.3g} %"] = cell
+        rows.append(row)
     return rows
+
+
+def mean_sd(mean: float, sd: float, digits: int) -> str:
+    """ "91.5 ± 0.2", without the deviation of a single value."""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def cell(value: Any) -> str:
+    """Five digits; nothing where there is no number."""
+    if isinstance(value, float | np.floating):
+        return "" if math.isnan(value) else f"{value:.5g}"
+    return "" if value is None else str(value)
 
 
 def as_csv(rows: list[list[str]]) -> str:
@@ -935,79 +905,31 @@ def as_markdown(rows: list[list[str]]) -> str:
 
 
 def as_latex(rows: list[list[str]]) -> str:
-    """A tabular with booktabs' rules."""
-    escaped = [
-        [re.sub(r"([%&_#$])", r"\\\1", x).replace("±", r"$\pm$") for x in row] for row in rows
-    ]
-    lines = [" & ".join(x) + r" \\" for x in escaped]
-    head = [rf"\begin{{tabular}}{{lr{'c' * (len(rows[0]) - 2)}}}", r"\toprule", lines[0]]
-    return "\n".join([*head, r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
+    """A tabular with the rules of booktabs."""
+
+    def line(row: list[str]) -> str:
+        escaped = (re.sub(r"([%&_#$])", r"\\\1", x).replace("±", r"$\pm$") for x in row)
+        return " & ".join(escaped) + r" \\"
+
+    head = [rf"\begin{{tabular}}{{l{'c' * (len(rows[0]) - 1)}}}", r"\toprule", line(rows[0])]
+    body = [r"\midrule", *map(line, rows[1:]), r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join([*head, *body])
+
+
+FORMS = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
 
 
 def write_text(path: Path, text: str) -> None:
     runs.write(path, lambda f: f.write(text.encode()))
 
 
-def write_table(path: Path, rows: list[list[str]], **more: Callable) -> list[Path]:
-    """The same rows as CSV, Markdown and what else is asked for; a Path's suffix is not cut."""
-    written = []
-    for suffix, form in {"csv": as_csv, "md": as_markdown, **more}.items():
-        written.append(path.parent / f"{path.name}.{suffix}")
-        write_text(written[-1], form(rows))
-    return written
-
-
-def write_tables(
-    folder: Path,
-    table: pd.DataFrame,
-    levels: Iterable[int],
-    slack: float,
-    error: float,
-    paper: str | None,
-) -> Iterator[Path]:
-    for name, rows in tables(table, levels, slack, error, paper):
-        if rows:
-            cells = [[*rows[0]], *([cell(v) for v in row.values()] for row in rows)]
-            yield write_table(folder / name, cells)[-1]
-    for page in pages(table, "imp", paper):
-        if any(len(c.points) for c in page.curves):
-            yield write_table(folder / f"accuracy-{page.name}", wide(page, levels), tex=as_latex)[1]
-
-
-# ---- what is missing -----------------------------------------------------------------------------
-
-
-def missing(
-    table: pd.DataFrame, shown: dict[str, list[str]], datasets: list[str], others: bool
-) -> list[tuple[str, list[str]]]:
-    """What was not drawn, as (what, command that makes it): of data sets with a grid."""
-    lines = []
-    for figure, names in shown.items():
-        for data in FIGURES[figure].grid:
-            if data in datasets and not any(name.startswith(f"{data}-") for name in names):
-                command = ["bash", "run_all.sh", "--only", figure, "--dataset", data]
-                if figure == "examples":
-                    command = ["python", "el2n.py", "--dataset", data]
-                stage = FIGURES[figure].stage
-                lines.append((f"{figure} of {data}, which needs runs of {stage}.py", command))
-    made = usual(c for p in pages(table, "imp") for c in p.curves)
-    for data in datasets if {"fig2", "fig3", "fig11"} & set(shown) else ():
-        have = {(c.subset, c.size, c.step) for c in made if c.rows["dataset"].iloc[0] == data}
-        wanted = usual(dataclasses.replace(c, balance=False) for c in paper_curves(data))
-        wanted = [(c.subset, c.size, c.step) for c in wanted]
-        if data == "digits":  # not in the paper: its Figure 2
-            p = options.PRESETS[data]
-            wanted = [("all", 0, t) for t in (0, p.rewind, 2 * p.rewind)]
-            wanted += [(subset, p.size, p.rewind) for subset in SUBSETS[1:]]
-        lacking = [x for x in wanted if x not in have]
-        for subset, size, t in lacking[:1]:
-            command = ["python", "imp.py", "--dataset", data, "--subset", subset]
-            command += ["--size", str(size)] * bool(size) + ["--rewind", str(t)]
-            more = f"{len(lacking)} curves of {data}, the first"
-            lines.append((more, [*command, "--replicate", "0-3"]))
-    for data in sorted({*PUBLISHED} - {*datasets}) if others else ():
-        lines.append((data, ["bash", "run_all.sh", "--dataset", data]))
-    return lines
+def write_table(path: Path, rows: list[dict]) -> Path:
+    """As CSV, Markdown and LaTeX; the path of the Markdown, as which a person reads it."""
+    header = [*dict.fromkeys(k for row in rows for k in row)]
+    cells = [header, *([cell(row.get(k)) for k in header] for row in rows)]
+    for suffix, form in FORMS.items():
+        write_text(path.parent / f"{path.name}.{suffix}", form(cells))
+    return path.parent / f"{path.name}.md"
 
 
 # ---- comparing two -------------------------------------------------------------------------------
@@ -1016,11 +938,11 @@ MEASURE = {"imp": "test_accuracy", "warmup": "test_accuracy", "lmc": "loss_barri
 MEASURE |= {"pretrain": "pretrain_accuracy"}
 
 
-def matches(table: pd.DataFrame, pattern: str) -> list[str]:
+def configurations(table: pd.DataFrame, pattern: str) -> list[str]:
     """The folders of configurations that end with a name, or match a pattern."""
     folders = sorted({str(Path(f).parent) for f in table["folder"]})
     end = Path(pattern).as_posix().rstrip("/")
-    exact = [f for f in folders if f == end or f.endswith(f"/{end.removeprefix('./')}")]
+    exact = [f for f in folders if f == end or f.endswith(f"/{end}")]
     return exact or [f for f in folders if fnmatch.fnmatchcase(f, f"*/{end}")]
 
 
@@ -1028,82 +950,69 @@ def find_pairs(table: pd.DataFrame, names: list[str]) -> list[tuple[str, str]]:
     """The folders that two names or patterns stand for, each with each, of one stage and, where
     there are any, of one model; UserError with what was probably meant."""
     for stage in STAGES:
-        a, b = (matches(table[table["stage"] == stage], x) for x in names)
-        pairs = [(x, y) for x, y in itertools.product(a, b) if x != y]
-        pairs = [p for p in pairs if p[::-1] not in pairs or p < p[::-1] or a != b]
-        same = [p for p in pairs if Path(p[0]).parts[-2] == Path(p[1]).parts[-2]]
+        a, b = (configurations(table[table["stage"] == stage], x) for x in names)
+        pairs = {frozenset((x, y)): (x, y) for x, y in itertools.product(a, b) if x != y}
+        same = [p for p in pairs.values() if Path(p[0]).parts[-2] == Path(p[1]).parts[-2]]
         if pairs:
-            return same or pairs
+            return same or [*pairs.values()]
     for name in names:
-        if not matches(table, name):
-            near = difflib.get_close_matches(Path(name).name, {*table["name"]}, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "name one below OUT/imp/"
-            raise runs.UserError(f"--compare {name}: no such run; {hint}")
+        if not configurations(table, name):
+            near = options.did_you_mean(Path(name).name, {*table["name"]})
+            raise runs.UserError(f"--compare {name}: no such run{near}")
     raise runs.UserError(f"--compare {' '.join(names)}: these are one run, or of different stages")
 
 
 def compare_two(
-    table: pd.DataFrame, pair: tuple[str, str], levels: tuple[int, ...], slack: float, error: float
-) -> tuple[list[list[str]], dict]:
-    """The rows of a table by level and over levels, and the verdict, of two folders."""
+    table: pd.DataFrame,
+    pair: tuple[str, str],
+    levels: Iterable[int] = (),
+    slack: float = 1.0,
+    error: float = 0.05,
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Of two folders: the differences by level and in the mean over levels, and, of imp runs, the
+    verdict. Paired differences are those of replicates that both have."""
     folders = table["folder"].map(lambda f: str(Path(f).parent))
-    both = table[folders.isin(pair)].copy()
-    stage = both["stage"].iloc[0]
-    measure, scale = MEASURE[stage], 1 if stage == "lmc" else 100
-    if stage != "imp":  # one row a run
-        both["level"], both["weights_remaining"] = 0, 1.0
-        both["test_accuracy"] = both[measure]
-    curves = [make_curves(both[folders[both.index] == f])[0] for f in pair]
-    a, b = curves
+    both, stage = table[folders.isin(pair)], table.loc[folders == pair[0], "stage"].iloc[0]
+    scale, unit = (1, "") if stage == "lmc" else (100, " (%)")
+    if stage != "imp":  # as if of one level
+        both = both.assign(level=0.0, weights_remaining=1.0, test_accuracy=both[MEASURE[stage]])
+    a, b = (make_curves(both[folders[both.index] == f])[0] for f in pair)
     if stage == "imp":
-        model = table[(table["stage"] == "imp") & (table["model"] == both["model"].iloc[0])]
-        page = next(p for p in pages(model, "imp") if pair[0] in {*folders[p.rows.index]})
-        context = page.curves, page.paper
+        mine = table[(table["stage"] == "imp") & (table["model"] == both["model"].iloc[0])]
+        page = next(p for p in pages(mine, "imp") if pair[0] in {*folders[p.rows.index]})
+        summary = compare(a, b, page.curves, page.paper, levels, slack, error)
     else:
-        levels, context = (0,), (curves, "")
-    summary = compare(a, b, *context, levels, slack, error)
-    chosen = [
-        k for k in a.points.index if k in b.points.index and (k in levels if levels else True)
-    ]
-    found = welch(a.points.loc[chosen], b.points.loc[chosen])
-    d = shared_differences(a, b, chosen)
-    pairs = paired(d) if d.shape[1] > 1 else found.assign(standard_error=math.nan, p=math.nan)
+        summary = {"A": a.legend, "B": b.legend, "measure": MEASURE[stage].replace("_", " ") + unit}
+    chosen = [k for k in a.points.index if k in b.points.index and (not levels or k in levels)]
 
-    def shown(x: pd.Series) -> str:
-        spread = "" if math.isnan(x["sd"]) else f" ± {scale * x['sd']:.2f}"
-        return f"{scale * x['mean']:.2f}{spread}"
+    def row(level: str, means: list[str], x: pd.Series, y: pd.Series | None, n: int) -> dict:
+        numbers = {"A - B": x["difference"], "s.e.": x["standard_error"]}
+        numbers |= {"paired s.e.": y["standard_error"] if y is not None else math.nan}
+        shown = {k: "" if math.isnan(v) else f"{scale * v:.2f}" for k, v in numbers.items()}
+        p = {"p": x["p"], "paired p": y["p"] if y is not None else math.nan}
+        shown |= {k: "" if math.isnan(v) else f"{v:.2g}" for k, v in p.items()}
+        keys = ("A - B", "s.e.", "p", "paired s.e.", "paired p")
+        head = {"level": level, "A": means[0], "B": means[1]}
+        return head | {k: shown[k] for k in keys} | {"pairs": str(n) if y is not None else ""}
 
-    def tested(x: pd.Series, y: pd.Series) -> list[str]:
-        numbers = scale * x["difference"], scale * x["standard_error"]
-        cells = [f"{v:.2f}" for v in numbers] + [f"{x['p']:.2g}"]
-        cells += [f"{scale * y['standard_error']:.2f}", f"{y['p']:.2g}"]
-        return ["" if "nan" in v else v for v in cells]
-
-    unit = measure.replace("_", " ") + " (%)" * (scale == 100)
-    n = f"paired s.e., n={d.shape[1]}" if d.shape[1] > 1 else "paired s.e."
-    rows = [["level", "weights", "A", "B", f"A - B, {unit}", "s.e.", "p", n, "paired p"]]
+    found, d = welch(a.points.loc[chosen], b.points.loc[chosen]), shared_differences(a, b, chosen)
+    n, pairs, rows = d.shape[1], paired(d) if d.shape[1] > 1 else None, []
     for k in chosen:
-        x, y = a.points.loc[k], b.points.loc[k]
-        left = f"{x['weights_remaining']:.1%}"
-        rows.append([str(k), left, shown(x), shown(y), *tested(found.loc[k], pairs.loc[k])])
-    sparse = [k for k in chosen if k or len(chosen) == 1]
-    means = [c.points.loc[sparse, "mean"].mean() * scale for c in curves]
-    each = [c.by_replicate.reindex(sparse).dropna(axis=1).mean() for c in curves]
-    x = welch(*map(as_points, each)).iloc[0] if len(sparse) else pd.Series()
-    y = over_levels(a, b, sparse)
-    y = (
-        y[0]
-        if y[1].startswith("paired")
-        else pd.Series({"standard_error": math.nan, "p": math.nan})
-    )
-    label = f"mean of {ranges(sparse)}"
-    rows.append([label, "", *(f"{m:.2f}" for m in means), *tested(x, y)])
-    if stage != "imp":
-        rows, summary = [rows[0][2:], rows[1][2:]], {k: summary[k] for k in ("A", "B")}
-    return rows, {**summary, "folders": pair}
+        each = [c.points.loc[k] for c in (a, b)]
+        means = [mean_sd(scale * x["mean"], scale * x["sd"], 2) for x in each]
+        rows.append(row(str(k), means, found.loc[k], None if pairs is None else pairs.loc[k], n))
+    if len(sparse := [k for k in chosen if k]) > 1:
+        means = [f"{scale * c.points.loc[sparse, 'mean'].mean():.2f}" for c in (a, b)]
+        each = [c.by_replicate.reindex(sparse).dropna(axis=1).mean() for c in (a, b)]
+        d = shared_differences(a, b, sparse).mean().to_frame().T
+        y = paired(d).iloc[0] if d.shape[1] > 1 else None
+        mean = welch(*map(as_points, each)).iloc[0]
+        rows.append(row(f"mean of {ranges(sparse)}", means, mean, y, d.shape[1]))
+    return rows, summary | {"folders": pair}
 
 
-def aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(r, widths, strict=True)) for r in rows)
-
+def aligned(rows: list[dict[str, str]]) -> str:
+    """As text, columns to the right."""
+    cells = [[*rows[0]], *([*row.values()] for row in rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(r, widths, strict=True)) for r in cells)
