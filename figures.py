@@ -52,9 +52,10 @@ from matplotlib.ticker import NullLocator
 from scipy import stats
 
 import options
+import records
 import runs
 import tables
-from tables import PUBLISHED, SOURCE, SUBSETS, Curve, Page, all_data, frame, pick, usual
+from records import PUBLISHED, SOURCE, SUBSETS, Curve, Page, all_data, frame, pick, usual
 
 LOOK = {  # colour, line, marker; dark to light, so that they differ in grey too
     "all": ("#000000", "--", "s"),
@@ -114,7 +115,7 @@ class Picture(Figure):
         texts = {}
         for label in sorted(self.entries, key=lambda k: k.startswith(SOURCE)):
             _, n, running = self.entries[label]
-            texts[label] = label + f" (n={tables.span(n)})" * bool(n) + "*" * running
+            texts[label] = label + f" (n={records.span(n)})" * bool(n) + "*" * running
         return texts
 
 
@@ -221,9 +222,9 @@ def draw_levels(
     everything = all_data(p.curves)
     for c in [*plain, *shown]:
         style = look(c, everything if c in everything else shown)
-        theirs = tables.published(c, p.paper) if c in shown else None
-        said = tables.differs(c, theirs) if theirs else ""
-        twin = said and any(tables.published(x, p.paper) is theirs for x in shown if x is not c)
+        theirs = records.published(c, p.paper) if c in shown else None
+        said = records.differs(c, theirs) if theirs else ""
+        twin = said and any(records.published(x, p.paper) is theirs for x in shown if x is not c)
         for x in (c, theirs) if theirs and not twin else (c,):
             remaining |= dict(x.points["weights_remaining"].items())
         ours = percent(c.points).set_index("weights_remaining")
@@ -249,7 +250,7 @@ def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
     mine, full = usual(curves, noisy, balanced=True), all_data(curves)
     settings = sorted({(c.noise, c.step, c.size) for c in mine if c.subset != "all"})
     if not every_size:
-        size, t = tables.main_setting(mine)
+        size, t = records.main_setting(mine)
         settings = [x for x in settings if x[1:] == (t, size)]
     if full and not noisy and not every_size:
         draw_levels(p, full, [], "all data")
@@ -275,10 +276,13 @@ def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
 def fig3(p: Picture) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
     ours = [c for c in usual(p.curves, balanced=True) if len(c.points)]
-    behind, ranked = usual(tables.paper_curves(p.paper), balanced=True), [c for c in ours if c.size]
+    behind, ranked = (
+        usual(records.paper_curves(p.paper), balanced=True),
+        [c for c in ours if c.size],
+    )
     steps = sorted({c.step for c in ranked})
     steps = [t for t in steps if len({c.size for c in pick(ranked, step=t)}) > 1]
-    for t, k in itertools.product(steps, tables.three_levels(pick(ranked, step={*steps}))):
+    for t, k in itertools.product(steps, records.three_levels(pick(ranked, step={*steps}))):
         here = [c for c in pick(ranked, step=t) if k in c.points.index]
         left = next((c.points.loc[k, "weights_remaining"] for c in here), math.nan)
         title = f"level {k}, {left:.1%} of weights remaining"
@@ -290,7 +294,7 @@ def fig3(p: Picture) -> None:
             going = any(c.running for c in alike)
             draw_curve(p, ax, percent(points), look(example), example.short, True, going)
             same = [c for c in pick(behind, subset=example.subset, step=t) if k in c.points.index]
-            said = tables.differs(example, same[0]) if same else ""
+            said = records.differs(example, same[0]) if same else ""
             if same and not (said and any(x.subset == "easy" and x.balance for x in here)):
                 same.sort(key=lambda c: c.size)
                 theirs = pd.DataFrame([c.points.loc[k] for c in same], index=[c.size for c in same])
@@ -318,7 +322,7 @@ def draw_histogram(p: Picture, curves: list[Curve], what: str, t: int, edges: np
     ax = p.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
     for c in curves:
         values = np.concatenate(
-            [[], *map(np.ravel, tables.load_all(c.rows, "loss_barrier_pairs.npy"))]
+            [[], *map(np.ravel, records.load_all(c.rows, "loss_barrier_pairs.npy"))]
         )
         if len(values):
             share = 100 * np.histogram(values, edges)[0] / len(values)
@@ -327,7 +331,7 @@ def draw_histogram(p: Picture, curves: list[Curve], what: str, t: int, edges: np
             ax.annotate(f"n={c.rows['replicate'].nunique()}, {outside}", (0.97, 0.93),
                         xycoords="axes fraction", ha="right", fontsize=7)  # fmt: skip
             p.note(f"{c.subset}, all pairs and examples", bars)
-    rows = tables.paper_table("lmc_histograms.csv").query("dataset == @p.paper")
+    rows = records.paper_table("lmc_histograms.csv").query("dataset == @p.paper")
     rows = rows[rows["pretraining"] == f"{what}, {t} it"] if len(rows) else rows
     if len(rows):
         bins, count = [*rows["bin_lo"], rows["bin_hi"].iloc[-1]], rows["count_of_1080000"]
@@ -343,7 +347,7 @@ def draw_forecast(p: Picture, rows: pd.DataFrame, key: str, column: str, xlabel:
     level = int(rows["level"].iloc[0]) if len(rows) else tables.FINAL_LEVEL.get(p.paper, 7)
     ylabel = f"test accuracy at level {level} (%)"
     ax, scale = p.panel(xlabel, ylabel, "; ".join(said)), 100 if "accuracy" in key else 1
-    theirs = tables.paper_table("lmc_scatter.csv").query("dataset == @p.paper")
+    theirs = records.paper_table("lmc_scatter.csv").query("dataset == @p.paper")
     for method, group in theirs.groupby("subset_method") if len(theirs) else ():
         y = pd.to_numeric(group["final_test_accuracy_level7"], errors="coerce")
         color, _, marker = LOOK[method]
@@ -366,14 +370,14 @@ def fig5(p: Picture) -> None:
     rows = rows.dropna(subset=["final_accuracy"])
     random, easy, t = HISTOGRAMS.get(p.paper, (0, 0, 0))
     if not pick(mine, subset={"random", "easy"}, size={random, easy}, step=t):
-        random, t = tables.main_setting(mine)
+        random, t = records.main_setting(mine)
         easy = random
     four = [("all", 0, t), ("all", 0, 2 * t), ("random", random, t), ("easy", easy, t)]
     found = [pick(mine, subset=s, size=n, step=step) for s, n, step in four]
     name = "loss_barrier_pairs.npy"
-    pooled = [np.ravel(x) for cs in found for c in cs for x in tables.load_all(c.rows, name)]
+    pooled = [np.ravel(x) for cs in found for c in cs for x in records.load_all(c.rows, name)]
     edges = np.arange(-5, 10.5, 0.5)  # the paper's
-    if pooled and not len(tables.paper_table("lmc_histograms.csv").query("dataset == @p.paper")):
+    if pooled and not len(records.paper_table("lmc_histograms.csv").query("dataset == @p.paper")):
         low, high = np.quantile(np.concatenate(pooled), (0.005, 0.995))
         edges = np.linspace(low, high, 31) if low < high else edges
     for k, (s, n, step) in enumerate(four):
@@ -409,9 +413,9 @@ def fig6(p: Picture) -> None:
             rows = pd.concat([c.rows for c in alike])
             lost = int((rows["done"] & (rows["outcome"] != "trained")).sum())
             what = alike[0].what + f", {lost} not trained" * bool(lost)
-            points = percent(tables.summarise(tables.trained(rows), "warmup"))
+            points = percent(records.summarise(tables.trained(rows), "warmup"))
             draw_curve(p, ax, points, style, what, running=any(c.running for c in alike))
-            theirs = tables.paper_warmup(alike[0]) if p.paper == "cifar10" else ()
+            theirs = records.paper_warmup(alike[0]) if p.paper == "cifar10" else ()
             if len(theirs):
                 draw_behind(p, ax, percent(theirs), style)
                 here |= {*theirs.index}
@@ -457,12 +461,12 @@ def tracked(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     for folder in rows["folder"].unique():
         log = Path(folder) / "log.csv"
         logged = [x for x in runs.read_rows(log) if x.get(kind)] if log.exists() else []
-        each = tables.load(Path(folder) / f"{kind}.npy")
+        each = records.load(Path(folder) / f"{kind}.npy")
         if each is None or len(each) != len(logged):
             each = [[float(x[kind])] for x in logged]
         for x, batches in zip(logged, each, strict=True):
             values += [(int(x["step"]), float(v)) for v in batches]
-    return tables.summarise(pd.DataFrame(values, columns=["step", kind]), "step", kind)
+    return records.summarise(pd.DataFrame(values, columns=["step", kind]), "step", kind)
 
 
 def watched(c: Curve) -> str:
@@ -510,7 +514,7 @@ def draw_shares(
 def fig8(p: Picture) -> None:
     """Norms of minibatch gradients over the first 200 steps."""
     curves = pick(p.curves, step=min(c.step for c in p.curves))
-    found = [(c, [x[:200] for x in tables.load_all(c.rows, "gradient_norm.npy")]) for c in curves]
+    found = [(c, [x[:200] for x in records.load_all(c.rows, "gradient_norm.npy")]) for c in curves]
     found = [(c, norms) for c, norms in found if norms]
     if not found:
         return
@@ -523,16 +527,16 @@ def fig8(p: Picture) -> None:
 
 def projected(c: Curve, level: int) -> list[np.ndarray]:
     """The error of w_tr on each example under the mask of a level, of each replicate."""
-    each = [x[level] for x in tables.load_all(c.rows, "projected_error.npy") if level < len(x)]
+    each = [x[level] for x in records.load_all(c.rows, "projected_error.npy") if level < len(x)]
     if not each:  # format 2
-        states = tables.load_all(c.rows, f"level{level:02d}.pt")
+        states = records.load_all(c.rows, f"level{level:02d}.pt")
         each = [x["projected_error"].numpy() for x in states if "projected_error" in x]
     return each
 
 
 def fig9(p: Picture) -> None:
     """Each pre-training before and after projection; then all before, and all after."""
-    size, t = tables.main_setting(usual(p.curves))
+    size, t = records.main_setting(usual(p.curves))
     shown = [("all", 0, t), ("all", 0, 2 * t), ("easy", size, t)]
     curves = [c for c in usual(p.curves) if len(c.points) and (c.subset, c.size, c.step) in shown]
     last = min(6, *(max(c.points.index) for c in curves)) if curves else 0
@@ -559,7 +563,7 @@ def rivals(p: Picture, metric: str) -> None:
     other = [m for m in other if metric != "lmc" or m["folder"].name.startswith("all")]
     other.sort(key=lambda m: m.get("rewind", 0))
     for a, b in itertools.product(other, [m for m in scores if m["metric"] == "el2n"]):
-        y, x = (tables.load(m["folder"] / "scores.npy") for m in (a, b))
+        y, x = (records.load(m["folder"] / "scores.npy") for m in (a, b))
         if x is not None and y is not None:
             r = stats.spearmanr(x, y).statistic
             title = f"Pearson {np.corrcoef(x, y)[0, 1]:.2f}, Spearman {r:.2f}, n={len(x)}"
@@ -589,18 +593,18 @@ def examples(
     of scores in it; `folders` of images by their paths."""
     each = 8  # images at either end
     outs = outs or table["out"].unique()
-    found = [m for out in outs for m in tables.read_metrics(Path(out)) if m["metric"] == "el2n"]
+    found = [m for out in outs for m in records.read_metrics(Path(out)) if m["metric"] == "el2n"]
     for m in (m for m in found if not m["label_noise"][0]):
-        scores, name = tables.load(m["folder"] / "scores.npy"), m["dataset"]
+        scores, name = records.load(m["folder"] / "scores.npy"), m["dataset"]
         name = next((d for d in folders if Path(d).stem == name), name)
         try:
             data = load_images(name, data_dir)
         except runs.UserError as e:
-            tables.skipped(e)
+            records.skipped(e)
             continue
         images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
         if scores is None or data.fingerprint != m["data"]:
-            tables.skipped(f"{m['folder']}: scores of other data than {data_dir} holds")
+            records.skipped(f"{m['folder']}: scores of other data than {data_dir} holds")
             continue
         of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
         of_class.sort(key=lambda i: np.median(scores[i]))
@@ -685,7 +689,7 @@ def drawn(
     if figure == "examples":
         yield from ((name, picture, kind.caption) for name, picture in examples(table, **where))
         return
-    for page in tables.pages(table, kind.stage, paper):
+    for page in records.pages(table, kind.stage, paper):
         picture = Picture(page)
         kind.draw(picture)
         if picture.panels:
@@ -762,11 +766,11 @@ def save(picture: Picture, text: str, path: Path) -> Path:
     return path.parent / f"{path.name}.png"
 
 
-def print_comparisons(args: argparse.Namespace, table: pd.DataFrame) -> list[dict]:
+def print_comparisons(table: pd.DataFrame, names: list[str], rule: tables.Rule) -> list[dict]:
     """What --compare prints, of each pair of runs; the same, as (rows, verdict) in dicts."""
     results = []
-    for pair in tables.find_pairs(table, args.compare):
-        rows, summary = tables.compare_two(table, pair, args.levels, args.slack, args.error)
+    for pair in tables.find_pairs(table, names):
+        rows, summary = tables.compare_two(table, pair, rule)
         for name, folder in zip("AB", pair, strict=True):
             runs.say(f"{name}: {folder}  {summary[name]}")
         runs.say(f"\n{tables.aligned(rows)}\n")
@@ -785,9 +789,9 @@ def main(args: argparse.Namespace) -> Any:
             raise runs.UserError(f"{name}: not one of {', '.join(FIGURES)}{near}")
     outs = args.out or [Path("results")]
     only = {Path(d).stem for d in args.dataset or ()}
-    table = frame(outs, only)
+    table, rule = frame(outs, only), tables.Rule(args.levels, args.slack, args.error)
     if args.compare:
-        return print_comparisons(args, table)
+        return print_comparisons(table, args.compare, rule)
     folder = args.figures or outs[0] / "figures"
     where = {"data_dir": args.data_dir, "folders": args.dataset or (), "outs": outs}
     written, shown = [], {}
@@ -798,8 +802,7 @@ def main(args: argparse.Namespace) -> Any:
                 written.append(save(picture, text, folder / f"{figure}-{name}"))
                 shown[figure].append(name)
     if not args.figure:
-        how = args.levels, args.slack, args.error, args.paper
-        found = ((name, rows) for name, rows in tables.tables(table, *how) if rows)
+        found = ((name, rows) for name, rows in tables.tables(table, rule, args.paper) if rows)
         written += [tables.write_table(folder / name, rows) for name, rows in found]
     for path in written:
         runs.say(path)
