@@ -219,17 +219,18 @@ def draw_levels(
     """A panel of accuracy against weights remaining, as in Figure 2; `plain` curves are there to
     compare with, and have no band."""
     ax, remaining = p.panel("weights remaining (%)", "test accuracy (%)", title), {}
-    everything = all_data(p.curves)
+    everything = [] if any(c.rate for c in shown) else all_data(p.curves)
     for c in [*plain, *shown]:
-        style = look(c, everything if c in everything else shown)
+        style = look(c, everything if c in everything else [*plain, *shown])
         theirs = records.published(c, p.paper) if c in shown else None
         said = records.differs(c, theirs) if theirs else ""
-        twin = said and any(records.published(x, p.paper) is theirs for x in shown if x is not c)
-        for x in (c, theirs) if theirs and not twin else (c,):
+        if said and any(records.published(x, p.paper) is theirs for x in shown if x is not c):
+            theirs = None  # it stands behind the one that is alike
+        for x in (c, theirs) if theirs else (c,):
             remaining |= dict(x.points["weights_remaining"].items())
         ours = percent(c.points).set_index("weights_remaining")
         draw_curve(p, ax, ours, style, getattr(c, label), c in shown, c.running)
-        if theirs and not twin:
+        if theirs:
             behind = percent(theirs.points).set_index("weights_remaining")
             draw_behind(p, ax, behind, style, said)
     draw_dense(p, ax, (shown + plain)[:1])
@@ -276,10 +277,8 @@ def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
 def fig3(p: Picture) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
     ours = [c for c in usual(p.curves, balanced=True) if len(c.points)]
-    behind, ranked = (
-        usual(records.paper_curves(p.paper), balanced=True),
-        [c for c in ours if c.size],
-    )
+    behind = usual(records.paper_curves(p.paper), balanced=True)
+    ranked = [c for c in ours if c.size]
     steps = sorted({c.step for c in ranked})
     steps = [t for t in steps if len({c.size for c in pick(ranked, step=t)}) > 1]
     for t, k in itertools.product(steps, records.three_levels(pick(ranked, step={*steps}))):
@@ -314,17 +313,18 @@ def prelr(p: Picture) -> None:
     full = [c for c in pick(p.curves, subset="all", noise=0.0, control="", extra="") if c.step]
     for t in sorted({c.step for c in full}):
         if len(shown := sorted(pick(full, step=t), key=lambda c: c.rate)) > 1:
-            draw_levels(p, shown, pick(all_data(p.curves), step=0), f"all data, {t} steps")
+            plain = pick(all_data(p.curves), step=0)
+            rate = next((c.rows["pretrain_lr"].iloc[0] for c in shown if not c.rate), math.nan)
+            title = f"all data, {t} steps" + f", at rate {rate:g} or as named" * bool(rate > 0)
+            draw_levels(p, shown, plain, title)
 
 
 def draw_histogram(p: Picture, curves: list[Curve], what: str, t: int, edges: np.ndarray) -> None:
     """A histogram of Figure 5: pairs, examples and replicates pooled."""
     ax = p.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
     for c in curves:
-        values = np.concatenate(
-            [[], *map(np.ravel, records.load_all(c.rows, "loss_barrier_pairs.npy"))]
-        )
-        if len(values):
+        if arrays := records.load_all(c.rows, "loss_barrier_pairs.npy"):
+            values = np.concatenate([x.ravel() for x in arrays])
             share = 100 * np.histogram(values, edges)[0] / len(values)
             outside = f"{np.mean((values < edges[0]) | (values > edges[-1])):.1%} outside"
             bars = ax.stairs(share, edges, fill=True, color=look(c)["color"], alpha=0.55)
@@ -377,7 +377,7 @@ def fig5(p: Picture) -> None:
     name = "loss_barrier_pairs.npy"
     pooled = [np.ravel(x) for cs in found for c in cs for x in records.load_all(c.rows, name)]
     edges = np.arange(-5, 10.5, 0.5)  # the paper's
-    if pooled and not len(records.paper_table("lmc_histograms.csv").query("dataset == @p.paper")):
+    if pooled and p.paper not in {*records.paper_table("lmc_histograms.csv")["dataset"]}:
         low, high = np.quantile(np.concatenate(pooled), (0.005, 0.995))
         edges = np.linspace(low, high, 31) if low < high else edges
     for k, (s, n, step) in enumerate(four):
@@ -397,11 +397,12 @@ def fig6(p: Picture) -> None:
     typical = 1600 if 1600 in lengths else lengths[-1] if lengths else 0
     columns = {k: [c for c in warmed if c.subset == k and not c.offset] for k in SUBSETS[1:]}
     sizes = {c.size for c in warmed if c.offset}
-    columns["windows"] = [
-        c for c in warmed if c.subset == "easy" and c.size in sizes and not c.balance
-    ]
+    easy = pick(warmed, subset="easy", balance=False)
+    columns["windows"] = [c for c in easy if c.size in sizes]
     columns = {k: v for k, v in columns.items() if v} or {"all": []}
     everything, first = pick(warmed, subset="all"), None
+    family = {(c.kind, c.size): c for c in warmed}  # that share a style
+    styles = {k: look(c, family.values()) for k, c in family.items()}
     if len(lengths) < 2:
         draw_outcomes(p, pick(curves, step=0) + everything + pick(warmed, subset=SUBSETS[1:]))
     for kind, shown in columns.items() if len(lengths) > 1 else ():
@@ -409,15 +410,14 @@ def fig6(p: Picture) -> None:
         first, here = first or ax, set(lengths)
         for key in dict.fromkeys((c.kind, c.size) for c in shown + everything):
             alike = [c for c in shown + everything if (c.kind, c.size) == key]
-            style = look(alike[0], [*{(c.kind, c.size): c for c in shown}.values()])
             rows = pd.concat([c.rows for c in alike])
             lost = int((rows["done"] & (rows["outcome"] != "trained")).sum())
             what = alike[0].what + f", {lost} not trained" * bool(lost)
             points = percent(records.summarise(tables.trained(rows), "warmup"))
-            draw_curve(p, ax, points, style, what, running=any(c.running for c in alike))
+            draw_curve(p, ax, points, styles[key], what, running=any(c.running for c in alike))
             theirs = records.paper_warmup(alike[0]) if p.paper == "cifar10" else ()
             if len(theirs):
-                draw_behind(p, ax, percent(theirs), style)
+                draw_behind(p, ax, percent(theirs), styles[key])
                 here |= {*theirs.index}
         for c in pick(curves, step=0):
             if len(good := tables.trained(c.rows)):
@@ -430,29 +430,27 @@ def fig6(p: Picture) -> None:
         first = first or ax
         shown = pick(shown + everything, step=typical)
         for c in shown + pick(curves, step=0):
-            style = look(c, [x for x in shown if x.subset != "all"])
-            style |= {"color": "0.6"} if not c.step else {}
+            style = styles[c.kind, c.size] if c.step else look(c) | {"color": "0.6"}
             label = c.what if c.step else "no warmup"
             draw_curve(p, ax, tables.sharpness(c.rows), style, label, True, c.running, log=True)
         ax.set_yscale("log")
 
 
 def draw_outcomes(p: Picture, curves: list[Curve]) -> None:
-    """Accuracies of a single length of warmup: a column a configuration, a dot a replicate."""
-    shown = [(c, tables.trained(c.rows)["test_accuracy"]) for c in curves]
-    shown = [(c, 100 * x) for c, x in shown if len(x)]
+    """Accuracies of a single length of warmup: a row a configuration, a dot a replicate."""
+    shown = [(c, 100 * tables.trained(c.rows)["test_accuracy"]) for c in reversed(curves)]
+    shown = [(c, x) for c, x in shown if len(x)]
     if not shown:
         return
     length = max(c.step for c, _ in shown)
-    ax = p.panel(
-        "", "test accuracy (%)", f"warmup {length}; bars: means" if length else "no warmup"
-    )
+    title = f"warmup {length}; bars: means" if length else "no warmup"
+    ax = p.panel("test accuracy (%)", "", title)
     for k, (c, x) in enumerate(shown):
         color = look(c)["color"] if c.step else "0.6"
-        ax.scatter([k] * len(x), x, s=14, color=color, alpha=0.7)
-        ax.hlines(x.mean(), k - 0.25, k + 0.25, color=color)
-    names = [(c.what if c.step else "none") + f"\n(n={len(x)})" for c, x in shown]
-    ax.set_xticks(range(len(shown)), names, fontsize=6.5)
+        ax.scatter(x, [k] * len(x), s=14, color=color, alpha=0.7)
+        ax.vlines(x.mean(), k - 0.25, k + 0.25, color=color)
+    names = [f"{c.what if c.step else 'none'} (n={len(x)})" for c, x in shown]
+    ax.set_yticks(range(len(shown)), names)
 
 
 def tracked(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
@@ -502,12 +500,12 @@ def draw_shares(
 ) -> None:
     """A stepped line of the shares of values in bins, mean and band over replicates; what is
     outside counts in the end bins."""
-    share = [
-        100 * np.histogram(x.ravel().clip(edges[0], edges[-1]), edges)[0] / x.size for x in values
-    ]
+    inside = [x.ravel().clip(edges[0], edges[-1]) for x in values]
+    share = [100 * np.histogram(x, edges)[0] / x.size for x in inside]
     mean, sd = np.mean(share, 0), np.std(share, 0, ddof=1) if len(share) > 1 else 0
     line = ax.stairs(mean, edges, color=style["color"], ls=style["linestyle"], lw=1.2)
-    ax.stairs(mean + sd, edges, baseline=mean - sd, fill=True, color=style["color"], alpha=0.13)
+    low = np.maximum(mean - sd, 0)
+    ax.stairs(mean + sd, edges, baseline=low, fill=True, color=style["color"], alpha=0.13)
     p.note(label, line, [len(values)])
 
 
@@ -527,11 +525,8 @@ def fig8(p: Picture) -> None:
 
 def projected(c: Curve, level: int) -> list[np.ndarray]:
     """The error of w_tr on each example under the mask of a level, of each replicate."""
-    each = [x[level] for x in records.load_all(c.rows, "projected_error.npy") if level < len(x)]
-    if not each:  # format 2
-        states = records.load_all(c.rows, f"level{level:02d}.pt")
-        each = [x["projected_error"].numpy() for x in states if "projected_error" in x]
-    return each
+    each = records.load_all(c.rows, "projected_error.npy")
+    return [x[level] for x in each if level < len(x)]
 
 
 def fig9(p: Picture) -> None:
@@ -574,9 +569,7 @@ def rivals(p: Picture, metric: str) -> None:
     curves = [c for c in p.curves if len(c.points) and not (c.control or c.noise or c.extra)]
     by = [c for c in curves if c.metric.split()[:1] == [metric]]
     for size, t in sorted({(c.size, c.step) for c in by}):
-        ranked = [
-            c for c in curves if (c.size, c.step) == (size, t) and not c.offset and not c.rate
-        ]
+        ranked = pick(curves, size=size, step=t, offset=0, rate=0.0)
         kinds = [pick(ranked, subset="random"), pick(ranked, subset="easy", metric="el2n")]
         rival = sorted((c for c in ranked if c in by), key=lambda c: (len(c.metric), c.metric))
         plain = [c for c in all_data(curves) if c.step in (0, t, 2 * t)]
@@ -591,6 +584,10 @@ def examples(
 ) -> Iterator[tuple[str, Picture]]:
     """The easiest and the hardest training images of each class by EL2N, beside the distribution
     of scores in it; `folders` of images by their paths."""
+    import torch  # here, since no other figure needs data
+
+    import common
+
     each = 8  # images at either end
     outs = outs or table["out"].unique()
     found = [m for out in outs for m in records.read_metrics(Path(out)) if m["metric"] == "el2n"]
@@ -598,7 +595,8 @@ def examples(
         scores, name = records.load(m["folder"] / "scores.npy"), m["dataset"]
         name = next((d for d in folders if Path(d).stem == name), name)
         try:
-            data = load_images(name, data_dir)
+            s = options.Settings.complete({"dataset": name, "data_dir": data_dir, "quiet": True})
+            data = common.load_data(s, torch.device("cpu"))
         except runs.UserError as e:
             records.skipped(e)
             continue
@@ -628,27 +626,17 @@ def examples(
         yield f"{m['model']}-{m['folder'].name}", figure
 
 
-def load_images(dataset: str, data_dir: Path) -> Any:
-    """Training images and labels; imported late, since no other figure needs data."""
-    import torch
-
-    import common
-
-    settings = options.Settings.complete({"dataset": dataset, "data_dir": data_dir, "quiet": True})
-    return common.load_data(settings, torch.device("cpu"))
-
-
 ALL, NOISY = (*PUBLISHED, "digits"), ("cifar10", "digits")
 LEVELS = "Test accuracy against the weights that remain, by what pre-training saw."
 NOISE = f"{LEVELS} Labels are resampled in it."
 SIZES = "Test accuracy against the size of the subset, at three levels."
-BARRIERS = """Loss barriers between children of one start, halfway, and the final accuracy of pruning
-from it; a dot is a replicate."""
+BARRIERS = """Loss barriers between children of one start, halfway, and the final accuracy of
+pruning from it; a dot is a replicate."""
 WARMUP = """Warmup of the learning rate on a subset: final accuracy, and the top Hessian eigenvalue
 (geometric mean and deviation)."""
 CURVES = "Learning curves of pre-training; cosines of minibatch gradients with their mean."
 PROJECTED = "Error of w_tr on each training example, dense and under the mask of a level."
-ENDS = "Easiest and hardest training images of each class, and their distribution of scores."
+ENDS = "Easiest and hardest training images of each class, and how their scores are spread."
 RATES = "Test accuracy against the weights that remain, by the learning rate of pre-training."
 
 

@@ -163,18 +163,18 @@ def read_metrics(out: Path) -> list[dict]:
     return found
 
 
-def load(path: Path) -> Any:
-    """An .npy or .pt of a run; None where there is none, or, with a line on stderr, if damaged."""
+def load(path: Path) -> np.ndarray | None:
+    """An array of a run; None where there is none, or, with a line on stderr, if it is damaged."""
     if not path.exists():
         return None
     try:
-        return (runs.read_npy if path.suffix == ".npy" else runs.read_tensors)(path)
+        return runs.read_npy(path)
     except runs.UserError as e:
         return skipped(e)
 
 
-def load_all(rows: pd.DataFrame, name: str) -> list[Any]:
-    """A file of each finished run that has it."""
+def load_all(rows: pd.DataFrame, name: str) -> list[np.ndarray]:
+    """An array of each finished run that has it."""
     folders = rows.loc[rows["done"], "folder"].drop_duplicates()
     return [x for f in folders if (x := load(Path(f) / name)) is not None]
 
