@@ -422,7 +422,8 @@ def fig6(p: Picture) -> None:
         for c in pick(curves, step=0):
             if len(good := tables.trained(c.rows)):
                 level = 100 * good["test_accuracy"].mean()
-                p.note("no warmup", ax.axhline(level, **DOTTED), [len(good)])
+                line = ax.axhline(level, label="no warmup", **DOTTED)
+                p.note("no warmup", line, [len(good)])
         ticks(ax, here)
     first = None
     for kind, shown in columns.items():

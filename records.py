@@ -303,7 +303,11 @@ def make_curves(rows: pd.DataFrame) -> list[Curve]:
         if often[c.label] > 1:
             curves[k] = dataclasses.replace(c, mark=c.rows[mark].iloc[0])
     order = {s: k for k, s in enumerate(SUBSETS)}
-    return sorted(curves, key=lambda c: (order.get(c.subset, 9), c.size, c.step, c.label))
+
+    def position(c: Curve) -> tuple:
+        return order.get(c.subset, 9), c.size, c.step, bool(c.balance), c.label
+
+    return sorted(curves, key=position)
 
 
 def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
@@ -424,7 +428,7 @@ def paper_warmup(c: Curve) -> pd.DataFrame:
     """Figure 6 and its windows of the ranking: accuracy by length of warmup."""
     table, windows = paper_table("warmup_curves.csv"), c.subset == "easy" and not c.balance
     if not len(table) or c.subset == "hard" or c.metric not in ("", "el2n"):
-        return pd.DataFrame(columns=["mean", "sd", "n"])
+        return pd.DataFrame(columns=["mean", "sd", "n"], dtype=float)
     kind = ("rolling", "score_window") if windows else ("fig6", c.subset)
     rows = table[(table["experiment"] == kind[0]) & (table["subset_type"] == kind[1])]
     rows = rows[rows["subset_size"] == (c.size or 50000)]

@@ -38,31 +38,34 @@ CONNECTED = 0.02  # error barrier
 
 
 def welch(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """Of two tables with mean, sd and n: the difference of the means, its standard error, degrees
-    of freedom, the two-sided p, and that of a below b; NaN where a deviation is missing."""
-    va, vb = a["sd"] ** 2 / a["n"], b["sd"] ** 2 / b["n"]
-    found = pd.DataFrame({"difference": a["mean"] - b["mean"], "standard_error": np.sqrt(va + vb)})
+    """Of two tables with mean, sd and n, row by row: the difference of the means, its standard
+    error, degrees of freedom, the two-sided p, and that of a below b; NaN where a deviation is
+    missing."""
+    columns = ["mean", "sd", "n"]
+    (ma, sa, na), (mb, sb, nb) = (x[columns].to_numpy(float).T for x in (a, b))
+    va, vb = sa**2 / na, sb**2 / nb
     with np.errstate(divide="ignore", invalid="ignore"):
-        df = (va + vb) ** 2 / (va**2 / (a["n"] - 1) + vb**2 / (b["n"] - 1))
-    found["df"] = df.mask(found["standard_error"] == 0, a["n"] + b["n"] - 2)
-    return with_p(found)
+        df = (va + vb) ** 2 / (va**2 / (na - 1) + vb**2 / (nb - 1))
+    df = np.where(va + vb == 0, na + nb - 2, df)
+    return tested(ma - mb, np.sqrt(va + vb), df, a.index)
 
 
 def paired(differences: pd.DataFrame) -> pd.DataFrame:
     """As `welch`, of differences in columns, one for each replicate that two runs share."""
-    n = differences.shape[1]
-    found = pd.DataFrame({"difference": differences.mean(axis=1)})
-    found["standard_error"] = differences.std(axis=1, ddof=1) / math.sqrt(max(n, 1))
-    found["df"] = n - 1
-    return with_p(found)
+    d, n = differences.to_numpy(), differences.shape[1]
+    error = d.std(1, ddof=1) / math.sqrt(n)
+    return tested(d.mean(1), error, np.full(len(d), n - 1), differences.index)
 
 
-def with_p(found: pd.DataFrame) -> pd.DataFrame:
-    """With Student's two-sided p, and that of a difference below 0."""
+def tested(
+    difference: np.ndarray, error: np.ndarray, df: np.ndarray, index: pd.Index
+) -> pd.DataFrame:
+    """Student's two-sided p of differences with these standard errors, and that of below 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = found["difference"] / found["standard_error"]
-    t = t.mask((found["difference"] == 0) & (found["standard_error"] == 0), 0.0)
-    return found.assign(p=2 * stats.t.sf(t.abs(), found["df"]), p_below=stats.t.cdf(t, found["df"]))
+        t = np.where((difference == 0) & (error == 0), 0.0, difference / error)
+    columns = {"difference": difference, "standard_error": error, "df": df}
+    columns |= {"p": 2 * stats.t.sf(abs(t), df), "p_below": stats.t.cdf(t, df)}
+    return pd.DataFrame(columns, index=index)
 
 
 def shared_differences(a: Curve, b: Curve, levels: list[int]) -> pd.DataFrame:
@@ -254,11 +257,12 @@ def level_rows(page: Page) -> Iterator[dict]:
 
 def verdict_rows(page: Page, curves: list[Curve], rule: Rule) -> Iterator[dict]:
     """Each curve against those of all data; tickets against their controls."""
+    full = {c for noise in {c.noise for c in curves} for c in all_data(curves, noise)}
     for a, b in itertools.permutations(curves, 2):
         same = (a.what, a.step, a.noise) == (b.what, b.step, b.noise)
         control = same and b.control and not a.control
-        full = b in all_data(curves, b.noise) and b.noise <= a.noise
-        if control or (full and (a.subset != "all" or a.step > b.step)):
+        later = a.subset != "all" or a.step > b.step
+        if control or (b in full and b.noise <= a.noise and later):
             yield compare(a, b, curves, page.paper, rule)
 
 

@@ -1,150 +1,33 @@
-"""figures.py: verdicts worked by hand and on the paper's curves, statistics against scipy on raw
-samples, all figures from synthetic run folders, tables from tiny real runs."""
+"""figures.py, tables.py, records.py: every figure and table from synthetic run folders, read as a
+user would see them, with statistics from the raw files."""
 
+import contextlib
 import csv
 import functools
 import io
 import itertools
 import math
 import os
-import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 import common
 import figures
+import grid
+import options
+import records
 import runs
-from figures import Stat
+import tables
 
-PICTURES = [f"fig{k}" for k in range(2, 14)]
-
-# ---- statistics and verdicts ---------------------------------------------------------------------
-
-
-def points(*means: float, sd: float = 0.02, n: int = 4) -> dict[int, Stat]:
-    return {k: Stat(m, sd, n) for k, m in enumerate(means)}
-
-
-# With sd = 0.02 and n = 4 on both sides the standard error of a difference is
-# sqrt(2 * 0.0004 / 4) = 0.01414.
-@pytest.mark.parametrize(
-    "a, b, slack, expected",
-    [
-        ([0.90, 0.90, 0.90], [0.89, 0.80, 0.899], 1, "dominates"),
-        ([0.90, 0.90, 0.90], [0.80, 0.91, 0.80], 1, "weakly dominates"),  # crosses by 0.010
-        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], 1, "neither"),  # crosses by 0.020
-        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], 1.4, "neither"),  # which is 1.414 errors
-        ([0.90, 0.90, 0.90], [0.80, 0.92, 0.80], 1.5, "weakly dominates"),
-        ([0.90, 0.90, 0.90], [0.80, 0.9001, 0.80], 0, "neither"),
-        ([0.90, 0.90, 0.90], [0.90, 0.80, 0.80], 1, "weakly dominates"),  # a tie is not above
-        ([0.90, 0.91, 0.90], [0.91, 0.90, 0.90], 1, "equal"),
-        ([0.90, 0.90, 0.90], [0.901, 0.901, 0.901], 1, "equal"),  # never above, within the slack
-        ([0.80, 0.91, 0.80], [0.90, 0.90, 0.90], 1, "is weakly dominated"),
-        ([0.89, 0.80, 0.899], [0.90, 0.90, 0.90], 1, "is dominated"),
-        ([0.95, 0.80, 0.90], [0.90, 0.90, 0.90], 1, "neither"),
-    ],
-)
-def test_verdicts_worked_by_hand(a, b, slack, expected):
-    assert figures.verdict(points(*a), points(*b), [0, 1, 2], slack) == expected
-
-
-def test_verdict_over_some_levels():
-    a, b = points(0.5, 0.9, 0.9, 0.1), points(0.9, 0.8, 0.8, 0.9)
-    assert figures.verdict(a, b, [1, 2]) == "dominates"
-    assert figures.verdict(a, b, [0, 1, 2, 3]) == "neither"
-    assert figures.verdict(a, b, []) == "no common level"
-
-
-def test_one_replicate_excuses_no_crossing():
-    a, b = points(0.9, 0.900, n=1, sd=math.nan), points(0.8, 0.901)
-    assert figures.verdict(a, b, [0, 1]) == "neither"
-    assert figures.verdict(points(0.9, 0.9), b, [0, 1]) == "weakly dominates"
-
-
-def curve(subset: str, rewind: int, *means: float) -> figures.Curve:
-    c = figures.Curve(subset, 0 if subset == "all" else 8, rewind, 0.0, "el2n")
-    c.points, c.remaining = points(*means), {k: 0.8**k for k in range(len(means))}
-    return c
-
-
-def test_matching_dense_and_matching_w_t_star():
-    """w_t* (dense 0.91) matches dense at 0-2; at 3 it does not, so that easy's 0.50 there is no
-    matter. Easy is below dense at 2 by more than 0.014, and below w_t* at 2 where that is 0.92."""
-    star, early = curve("all", 4, 0.91, 0.92, 0.90, 0.80), curve("all", 0, 0.95, 0.5, 0.5, 0.5)
-    easy = curve("easy", 2, 0.91, 0.91, 0.89, 0.50)
-    row = figures.compare(easy, star, [early, star, easy], "cifar10", range(4))
-    assert row["A_matches_w_t*"] == "yes" and row["A_matches_dense_at"] == "0-1"
-    assert row["B_matches_dense_at"] == "0-2" and row["verdict"] == "is weakly dominated"
-    assert row["A_below_at"] == "3" and row["A_above_at"] == "none"
-    star.points[2] = Stat(0.92, 0.02, 4)
-    row = figures.compare(easy, star, [early, star, easy], "cifar10")
-    assert row["A_matches_w_t*"] == "no: below at 2 of 1-2" and row["levels"] == "1-3"
-    assert figures.compare(easy, star, [easy], "cifar10")["A_matches_w_t*"] == "-"
-    assert figures.ranges([5, 0, 1, 2]) == "0-2, 5" and figures.ranges([]) == "none"
-
-
-def test_statistics_against_scipy_on_raw_samples():
-    draw = np.random.default_rng(3)
-    for n, m in ((4, 4), (2, 8), (8, 3)):
-        x, y = draw.normal(0.91, 0.002, n), draw.normal(0.912, 0.004, m)
-        a, b = figures.summary(x), figures.summary(y)
-        test = stats.ttest_ind(x, y, equal_var=False)
-        assert figures.welch(a, b) == pytest.approx(test.pvalue, rel=1e-12)
-        # t = difference / standard error
-        assert (a.mean - b.mean) / figures.standard_error(a, b) == pytest.approx(test.statistic)
-    assert math.isnan(figures.welch(figures.summary([0.9]), figures.summary([0.9, 0.8])))
-
-
-def test_the_papers_deviations_become_sample_ones():
-    """x has these mean and population deviation, as imp_curves.csv would hold them."""
-    x = [0.9123, 0.9187, 0.9140, 0.9164]
-    stat = figures.paper_stat(str(np.mean(x)), str(np.std(x)), "4")
-    assert stat.sd == pytest.approx(np.std(x, ddof=1)) and stat.n == 4
-    first = figures.paper_curves("cifar10")["all", 0, 0, 0.0, "el2n", ""].points[0]  # in the file
-    assert (first.mean, first.n) == (0.91535, 4)
-    assert first.sd == pytest.approx(0.0023670 * math.sqrt(4 / 3))
-    keys = {d: [*figures.paper_curves(d)] for d in figures.PUBLISHED}
-    again = [k for k in keys["cifar10"] if k[4] == "el2n balanced"]  # these stand for two of ours
-    assert sum(map(len, keys.values())) == 87 + 8 and len(again) == 8 and len(keys["cifar10"]) == 49
-
-
-def on_paper(data: str, a: tuple, b: tuple, levels: range) -> dict:
-    curves = figures.paper_curves(data)
-    a, b = (curves[*x, 0.0, "el2n", ""] for x in (a, b))
-    return figures.compare(a, b, [*curves.values()], data, levels)
-
-
-@pytest.mark.parametrize(
-    "data, size, t, failing",
-    [
-        ("cifar10", 3200, 200, "3, 6-8, 11-12"),
-        ("cifar100", 2048, 400, "1-4, 7-8"),
-        ("cinic10", 51200, 400, "2-3, 10-12"),
-    ],
-)
-def test_easy_for_half_the_steps_is_no_match_on_the_papers_own_curves(data, size, t, failing):
-    """Levels 1-12, one standard error: 6, 6 and 5 of 12 levels are below all data at t*."""
-    row = on_paper(data, ("easy", size, t), ("all", 0, 2 * t), range(1, 13))
-    assert row["A_below_at"] == failing and row["A_matches_w_t*"].startswith("no: below at")
-    good = on_paper(data, ("all", 0, 2 * t), ("all", 0, t), range(1, 13))
-    assert good["A_matches_w_t*"] == "yes"
-
-
-def test_the_papers_own_conclusion():
-    """Figure 2, CIFAR-10: at step 200, easy 3200 is a better start than all data, hard a worse."""
-    levels = range(1, 16)
-    row = on_paper("cifar10", ("easy", 3200, 200), ("all", 0, 200), levels)
-    assert row["verdict"] in ("dominates", "weakly dominates")
-    assert on_paper("cifar10", ("hard", 3200, 200), ("all", 0, 200), levels)["verdict"] == (
-        "is dominated"
-    )
-
+PICTURES = [f"fig{k}" for k in range(2, 14)] + ["prelr"]
 
 # ---- figures from synthetic folders --------------------------------------------------------------
 
@@ -171,7 +54,9 @@ class Folders:
         folder.mkdir(parents=True)
         usual = {"dataset": self.data, "data": "pixels", "subset": "all", "label_noise": 0.0}
         usual |= {"steps": 62400, "batch_size": 128, "replicate": replicate, "scores": None}
-        config = {"run": "1", "settings": usual | settings, "environments": []}
+        usual |= {"pretrain_lr": options.PRESETS[self.data].pretrain_lr}
+        run = "-".join((stage, self.model, folder.parent.name, str(replicate)))
+        config = {"run": run, "settings": usual | settings, "environments": []}
         runs.write_json(folder / "config.json", config)
         runs.write_json(folder / "result.json", {"config": config, "ended": None, **result})
         for file, array in arrays.items():
@@ -195,10 +80,9 @@ class Folders:
                 for i in range(self.levels + 1)
             ]  # fmt: skip
             start = {"fingerprint": f"{self.name(settings)}-{k}", "test_accuracy": 0.4}
-            folder = self.put("imp", k, {"pretrain": start, "levels": rows}, {}, **settings)
-            for i in (0, 6) if k == 0 and settings["rewind"] else ():
-                error = common.torch.from_numpy(self.draw.random(EXAMPLES))
-                runs.write_tensors(folder / f"level{i:02d}.pt", {"projected_error": error})
+            errors = {"projected_error.npy": self.draw.random((self.levels + 1, EXAMPLES))}
+            arrays = errors if settings["rewind"] else {}
+            self.put("imp", k, {"pretrain": start, "levels": rows}, arrays, **settings)
 
     def lmc(self, **settings):
         for k in range(2):
@@ -225,7 +109,7 @@ class Folders:
 
 def build(out: Path, data: str) -> None:
     """What the paper's panels of a data set need."""
-    f, preset = Folders(out, data), common.PRESETS[data]
+    f, preset = Folders(out, data), options.PRESETS[data]
     size, t, cinic = preset.size, preset.rewind, data == "cinic10"
     f.scores("el2n", "el2n", metric="el2n", score_step=preset.score_step)
     by = {x: f.scores("lmc", f"all-rewind{x}", metric="lmc", rewind=x) for x in (800, 1600)}
@@ -235,7 +119,7 @@ def build(out: Path, data: str) -> None:
     for at in sorted({0, t, 2 * t} | ({200} if cinic else set())):
         f.imp(rewind=at)
         f.lmc(rewind=at)
-    for m, s in itertools.product(sizes[data], figures.SUBSETS[1:]):
+    for m, s in itertools.product(sizes[data], records.SUBSETS[1:]):
         for at in {t, 200} if cinic else {t}:
             f.imp(subset=s, size=m, rewind=at)
             f.lmc(subset=s, size=m, rewind=at)
@@ -246,6 +130,7 @@ def build(out: Path, data: str) -> None:
         f.imp(**easy, scores=scores)
     f.imp(**easy, balance=True, scores=forgetting)
     f.imp(**easy, balance=True)
+    f.imp(rewind=2 * t, pretrain_lr=0.2)
     for noise in (0.1, 0.5):
         f.imp(rewind=t, label_noise=noise)
         for m, s in itertools.product(sizes[data][:2], ("easy", "random")):
@@ -255,7 +140,7 @@ def build(out: Path, data: str) -> None:
     f.warmup(warmup=0)
     for at in (100, 400, 1600):
         f.warmup(warmup=at)
-        for m, s in itertools.product((5120, 10240), figures.SUBSETS[1:]):
+        for m, s in itertools.product((5120, 10240), records.SUBSETS[1:]):
             f.warmup(subset=s, size=m, warmup=at)
         for more in ({"balance": True}, {"offset": 25000}):
             f.warmup(subset="easy", size=10240, warmup=at, **more)
@@ -286,16 +171,26 @@ def call(*args: object) -> Any:
 
 
 @functools.cache
-def read(out: Path) -> figures.Results:
-    return figures.Results(figures.read_runs(out), figures.read_metrics(out))
+def read(out: Path) -> pd.DataFrame:
+    return records.frame(out)
 
 
 @functools.cache
 def drawn(results: Path, figure: str) -> dict[str, list]:
-    """The axes of each picture by data set, not saved."""
-    axes = {name.split("-")[0]: p.axes for name, p in figures.drawn(read(results), figure)}
-    figures.plt.close("all")
-    return axes
+    """The panels of each picture by data set, not saved."""
+    found = figures.draw(figure, read(results))
+    return {name.split("-")[0]: picture.panels for name, picture in found.items()}
+
+
+@functools.cache
+def tables_of(out: Path) -> dict[str, list[dict]]:
+    return dict(tables.tables(read(out)))
+
+
+def clear() -> None:
+    """Forgets what was read of a folder that has changed."""
+    for cached in (read, drawn, tables_of):
+        cached.cache_clear()
 
 
 def titles(axes: list) -> list[str]:
@@ -325,9 +220,9 @@ def test_panels_as_in_the_paper(results):
     four = ["all data, 200 steps", "all data, 400 steps", "random 25600, 200 steps",
             "easy 25600, 200 steps"]  # fmt: skip
     assert [titles(five["cinic10"])[k] for k in (0, 1, 3, 4)] == four
-    assert titles(five["cifar100"])[3] == "random 3200, 400 steps"
+    assert titles(five["cifar100"])[3:5] == ["random 3200, 400 steps", "easy 2048, 400 steps"]
     for data, level in (("cifar100", 11), ("cinic10", 7)):
-        assert five[data][2].get_ylabel() == f"test accuracy at level {level}"
+        assert five[data][2].get_ylabel() == f"test accuracy at level {level} (%)"
     six = drawn(results, "fig6")["cifar10"]
     assert titles(six)[:4] == ["easy", "random", "hard", "windows"]
     assert six[0].get_xscale() == "log" and six[0].xaxis.get_transform().base == 2
@@ -335,23 +230,20 @@ def test_panels_as_in_the_paper(results):
     assert [x for x in labels(six[0]) if x != figures.SOURCE] == easy
     assert "easy 10240 from 25000" in labels(six[3])
     nine = drawn(results, "fig9")["cinic10"]
-    runs_ = ["all, step 400", "all, step 800", "easy 51200, step 400"]
-    assert labels(nine[0]) == labels(nine[1]) == [f"{x}, replicate 0" for x in runs_]
+    each = ["all, step 400", "all, step 800", "easy 51200, step 400"]
+    assert titles(nine) == [*each, "dense", "under the mask of level 6"]
     seven = drawn(results, "fig7")["cifar100"]
     assert titles(seven)[2] == "accuracy on the easiest 2048, class by class"
     both = ["all, step 1600", "easy 2048 balanced, step 1600"]
     assert len(seven) == 4 and labels(seven[2]) == both
+    [rates] = drawn(results, "prelr")["cifar10"]
+    assert rates.get_title() == "all data, 400 steps, at rate 0.4 or as named"
     *_, ten = drawn(results, "fig10")["cinic10"]
     order = [x.split(",")[0] for x in labels(ten) if x.startswith(("random", "easy"))]
-    kinds = ("", " balanced", " lmc 800", " lmc 1600")
-    assert order == ["random 51200", *(f"easy 51200{x}" for x in kinds)]
+    kinds = ("", " balanced", " by lmc 800", " by lmc 1600")
+    assert order == ["random", *(f"easy{x}" for x in kinds)]
     lmc = [x for x in ten.lines if " lmc " in x.get_label()]
     assert len({str(x.get_color()) for x in lmc}) == 2
-    for figure, data, by in (("fig10", "cinic10", "lmc 800"), ("fig12", "cifar10", "forgetting")):
-        shown = labels(drawn(results, figure)[data][-1])
-        assert {x.split(",")[0].partition(" ")[0] for x in shown} >= {"easy", "random"}
-        assert any(by in x for x in shown)
-        assert any("balanced, step" in x and by not in x for x in shown)
 
 
 def raw(folder: Path, level: int) -> list[float]:
@@ -369,39 +261,43 @@ def test_the_dense_line_is_the_papers_choice(results):
         [ax, *_] = drawn(results, figure)[data]
         [dense] = [x for x in ax.lines if x.get_label() == "dense"]
         [path] = results.glob(f"imp/{data}-*/{folder}")
-        assert dense.get_ydata()[0] == pytest.approx(np.mean(raw(path, 0)))
+        assert dense.get_ydata()[0] == pytest.approx(100 * np.mean(raw(path, 0)))
 
 
 def test_controls_stand_beside_the_ticket(results):
-    [ax] = drawn(results, "fig2")["cifar10"]
+    [ax] = [x for x in drawn(results, "fig2")["cifar10"] if x.get_title() == "controls"]
     ticket = "easy 3200, step 200"
-    shown = [x for x in ax.lines if (x.get_label() or "").startswith(ticket)]
-    assert {x.get_label().split(" (n=")[0] for x in shown} == {
-        ticket, *(f"{ticket}, {c}" for c in ("reinit", "shuffle", "one-shot"))
-    }  # fmt: skip
-    assert len({str(x.get_color()) for x in shown}) == 4
-    r = read(results)
-    rows = dict(figures.tables(r, (), 1.0))["verdicts-cifar10-resnet20"]
+    shown = {ticket, *(f"{ticket}, {c}" for c in ("reinit", "shuffle", "one-shot"))}
+    lines = {x.get_label(): str(x.get_color()) for x in ax.lines if x.get_label() in shown}
+    assert lines.keys() == shown and len({*lines.values()}) == 4
+    rows = tables_of(results)["verdicts-cifar10-resnet20"]
     pairs = {(x["A"], x["B"]) for x in rows}
     assert (f"{ticket} (n=2)", f"{ticket}, reinit (n=2)") in pairs
 
 
-def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_both(small):
-    """The paper's easy CIFAR-10 subsets were balanced. A control of another step is not drawn."""
+def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_one(small):
+    """The paper's easy CIFAR-10 subsets were balanced: its curve is behind the balanced one, and
+    where there is none a mark says so. A control of another step has no ticket."""
     out, f = small
+    [_, ax] = drawn(out, "fig2")["cifar10"]
+    assert "Paul et al. 2022" in labels(ax)
+    caption = next(x for *_, x in figures.drawn("fig2", records.frame(out)))
+    assert "Paul et al. 2022, balanced" in caption
     f.imp(subset="easy", size=6400, rewind=200)
     for size in (3200, 6400):
         f.imp(subset="easy", size=size, rewind=200, balance=True)
-    f.imp(subset="easy", size=3200, rewind=400, control="reinit")
-    [ax] = drawn(out, "fig2")["cifar10"]
-    assert "easy 3200 balanced, step 200" in labels(ax)
-    assert "easy 3200, step 400, reinit" not in labels(ax)
+    clear()
+    assert "easy balanced" in labels(drawn(out, "fig2")["cifar10"][1])
     assert "easy balanced" in labels(drawn(out, "fig3")["cifar10"][0])
-    assert "easy 6400 balanced, step 200" in labels(drawn(out, "fig11")["cifar10"][1])
-    rows = dict(figures.tables(read(out), (), 1.0))["imp-cifar10-resnet20"]
-    published = figures.paper_curves("cifar10")["easy", 3200, 200, 0.0, "el2n", ""].points[5].mean
+    assert "easy balanced" in labels(drawn(out, "fig11")["cifar10"][1])
+    rows = tables_of(out)["imp-cifar10-resnet20"]
+    [theirs] = [c for c in records.paper_curves("cifar10")
+                if (c.subset, c.size, c.noise, c.metric) == ("easy", 3200, 0, "el2n")]  # fmt: skip
     same = [x for x in rows if x["configuration"].startswith("easy 3200") and x["level"] == 5]
-    assert [x["paper"] for x in same if "balanced" in x["configuration"]] == [published]
+    assert [x["paper"] for x in same] == [theirs.points.loc[5, "mean"]] * 2
+    assert [x["paper_is_of"] for x in same] == ["balanced", ""]
+    caption = next(x for *_, x in figures.drawn("fig2", records.frame(out)))
+    assert "Paul et al. 2022, balanced" not in caption
 
 
 def test_the_coherence_band_is_over_batches_and_replicates(results):
@@ -410,66 +306,53 @@ def test_the_coherence_band_is_over_batches_and_replicates(results):
     pooled = np.concatenate([a[1] for a in arrays])  # of step 10
     [line] = [x for x in ax.lines if x.get_label().startswith("all")]
     assert line.get_ydata()[1] == pytest.approx(pooled.mean())
-    r = read(results)
-    [curve] = [p.curves[0] for p in r.pictures("pretrain") if p.paper == "cifar100"]
-    stat = figures.tracked(curve, "coherence")[10]
-    assert stat.sd == pytest.approx(pooled.std(ddof=1)) and stat.n == 32
+    pages = records.pages(read(results), "pretrain")
+    [curve] = [p.curves[0] for p in pages if p.paper == "cifar100"]
+    at_10 = figures.tracked(curve.rows, "coherence").loc[10]
+    assert at_10["sd"] == pytest.approx(pooled.std(ddof=1)) and at_10["n"] == 32
 
 
-def test_final_accuracy_of_this_model_alone(small):
-    """A run of four levels on other data does not lower the level of CIFAR-10."""
-    out, f = small
-    f.lmc(subset="easy", size=3200, rewind=200)
-    f.put("lmc", 0, {"loss_barrier": 1.0}, {}, between=["a", "b"])  # no w_tr
-    SHAPES["digits"] = (8, 4)
-    other = Folders(out, "digits")
-    del SHAPES["digits"]
-    other.imp(rewind=0)
-    for settings in ({"rewind": 0}, {"subset": "random", "size": 256, "rewind": 20}):
-        other.lmc(**settings)
-    assert titles(drawn(out, "fig5")["digits"])[3] == "random 256, 20 steps"
-    r = figures.Results(figures.read_runs(out), {})
-    rows = dict(figures.tables(r, (), 1.0))["lmc-cifar10-resnet20"]
-    assert [x["level"] for x in rows] == [7, 7]
-    at_7 = raw(out / "imp/cifar10-resnet20/easy3200-rewind200", 7)
-    assert [x["final_accuracy"] for x in rows] == at_7
+# ---- what is read --------------------------------------------------------------------------------
 
 
-def test_pictures_and_tables_are_written(small, capsys):
-    out, _ = small
-    paths = call("--out", out)["written"]
-    printed = capsys.readouterr()
-    for kind, head in (("png", b"\x89PNG"), ("svg", b"<?xml")):
-        assert (out / f"figures/fig2-cifar10-resnet20.{kind}").read_bytes().startswith(head)
-    picture = (out / "figures/fig2-cifar10-resnet20.svg").read_text()
-    assert "easy 3200, step 200 (n=2)" in picture and "Paul et al. 2022" in picture
-    assert [str(p) for p in paths] == printed.out.split()
-    assert f"run_all.sh --only fig6 --dataset cifar10 --out {out}" in printed.err
-    with open(out / "figures/imp-cifar10-resnet20.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    [row] = [x for x in rows if x["configuration"].startswith("all") and x["level"] == "0"]
-    accuracy = raw(out / "imp/cifar10-resnet20/all-rewind0", 0)
-    assert float(row["ours"]) == pytest.approx(np.mean(accuracy), abs=1e-5)
-    assert float(row["sd"]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-5)
-    assert row["paper"] == "0.91535" and row["paper_n"] == "4"
-    published = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
-    ours = (float(row["ours"]), float(row["sd"]), 2)
-    p = stats.ttest_ind_from_stats(*ours, *published, equal_var=False).pvalue
-    assert float(row["welch_p"]) == pytest.approx(p, rel=1e-2)
-    assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
+def test_the_frame_is_tidy(small):
+    table = records.frame(small[0])
+    assert [*table.columns] == records.COLUMNS and len(table) == 4 * 21
+    one = table[(table["name"] == "easy3200-rewind200") & (table["level"] == 3)]
+    folder = small[0] / "imp/cifar10-resnet20/easy3200-rewind200"
+    assert one["test_accuracy"].tolist() == raw(folder, 3)
+    assert (one["subset"] == "easy").all() and one["replicate"].tolist() == [0, 1]
+    assert one["weights_remaining"].tolist() == pytest.approx([0.512, 0.512])
 
 
 def test_a_run_in_progress_counts_and_is_marked(small, capsys):
     out, _ = small
     folder = out / "imp/cifar10-resnet20/easy3200-rewind200/rep1"
     (folder / "result.json").unlink()
-    assert len(figures.read_runs(out)) == 4, "in its first level it has no log yet"
+    assert records.frame(out)["folder"].nunique() == 4, "in its first level it has no log yet"
     assert not capsys.readouterr().err
     names = "phase,step,level,test_accuracy,weights_remaining,seconds,steps_per_second"
-    (folder / "log.csv").write_text(f"{names}\nlevel00,62400,0,0.9,1,4,9\n")
-    [[_, curve]] = [p.curves for p in read(out).pictures("imp")]
-    assert [p.n for p in curve.points.values()] == [2] + 20 * [1]
+    (folder / "log.csv").write_text(f"{names}\nlevel00,62400,0,0.9,1,4,9\nlevel01,624")
+    [page] = records.pages(records.frame(out), "imp")
+    [_, curve] = page.curves
+    assert curve.points["n"].tolist() == [2] + 20 * [1]
     assert curve.legend == "easy 3200, step 200 (n=1-2)*"
+    [(_, _, caption)] = figures.drawn("fig2", records.frame(out))
+    assert "easy (n=1-2)*" in caption and "*: runs in progress" in caption
+
+
+def test_each_replicate_counts_once(small, capsys):
+    """A backup beside it, a copy under another number, and a copy of all the results."""
+    out, _ = small
+    folder = out / "imp/cifar10-resnet20/all-rewind0"
+    for name in ("rep0 (copy)", "rep0.bak", "rep7"):
+        shutil.copytree(folder / "rep0", folder / name)
+    assert records.frame(out)["folder"].nunique() == 4
+    assert capsys.readouterr().err == f"skipped: {folder}/rep7 holds replicate 0\n"
+    shutil.rmtree(folder / "rep7")
+    shutil.copytree(out, out.parent / "copied")
+    assert records.frame([out, out.parent / "copied"])["folder"].nunique() == 4
+    assert capsys.readouterr().err.count("is a copy of") == 4
 
 
 def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
@@ -481,7 +364,7 @@ def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
         runs.write_json(out / f"imp/cifar10-resnet20/{name}/rep0/result.json", value)
     (out / "lmc/x/y/rep0").mkdir(parents=True)
     (out / "lmc/x/y/rep0/config.json").write_text("not json")
-    assert len(figures.read_runs(out)) == 3
+    assert records.frame(out)["folder"].nunique() == 3
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("skipped")]
     assert len(lines) == 4 and sum(str(path) in x for x in lines) == 1
 
@@ -489,128 +372,201 @@ def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
 def test_other_settings_are_another_picture(small):
     out, f = small
     f.imp(rewind=0, steps=40)
-    names = {p.name for p in read(out).pictures("imp")}
+    names = {p.name for p in records.pages(records.frame(out), "imp")}
     assert names == {"cifar10-resnet20-steps40", "cifar10-resnet20-steps62400"}
 
 
-def test_compare_two_and_rates(small, capsys):
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def test_pictures_and_tables_are_written(small, capsys):
     out, _ = small
-    flags = ["--out", out, "--levels", "1-3", "--slack", "2", "--compare"]
-    row = call(*flags, "easy3200-rewind200", "cifar10-resnet20/all-rewind0")
-    assert row["A"].startswith("easy 3200") and row["levels"] == "1-3"
-    assert row["verdict"] in capsys.readouterr().out and row["slack_in_standard_errors"] == 2
-    with pytest.raises(runs.UserError, match="no such run"):
-        call("--out", out, "--compare", "nothing", "all-rewind0")
-    # Two replicates with the same seconds trained side by side: 9 steps/s each.
-    assert call("--out", out, "--rates") == {"cifar10-resnet20": 18.0}
-    assert not (out / "figures").exists()
+    paths = call("--out", out)["written"]
+    printed = capsys.readouterr()
+    heads = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "txt": b"fig2, cifar10-resnet20. "}
+    for kind, head in heads.items():
+        assert (out / f"figures/fig2-cifar10-resnet20.{kind}").read_bytes().startswith(head)
+    picture = (out / "figures/fig2-cifar10-resnet20.svg").read_text()
+    assert "easy (n=2)" in picture and "Paul et al. 2022" in picture
+    assert [str(p) for p in paths] == printed.out.split()
+    assert printed.err.count("\n") == 1 and "--missing" in printed.err
+    with open(out / "figures/imp-cifar10-resnet20.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    [row] = [x for x in rows if x["configuration"].startswith("all") and x["level"] == "0"]
+    accuracy = raw(out / "imp/cifar10-resnet20/all-rewind0", 0)
+    assert float(row["ours"]) == pytest.approx(np.mean(accuracy), abs=1e-5)
+    assert float(row["sd"]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-5)
+    assert row["paper"] == "0.91535" and row["paper_n"] == "4"
+    published = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
+    ours = (float(row["ours"]), float(row["sd"]), 2)
+    p = stats.ttest_ind_from_stats(*ours, *published, equal_var=False).pvalue
+    assert float(row["p"]) == pytest.approx(p, rel=1e-2)
+    assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
 
 
-def test_examples_of_the_digits(tmp_path):
-    data = common.load_data("digits", common.HERE / "data", common.torch.device("cpu"))
-    folder = tmp_path / "el2n/digits-resnet8/el2n"
-    folder.mkdir(parents=True)
-    np.save(folder / "scores.npy", np.arange(len(data.train_labels), dtype=np.float32))
-    about = {"metric": "el2n", "score_step": 60, "sha256_of_scores": "x", "label_noise": [0, 0]}
-    runs.write_json(folder / "scores.json", {**about, "data": data.fingerprint})
-    r = figures.Results([], figures.read_metrics(tmp_path), None, common.HERE / "data")
-    [(_, picture)] = figures.examples(r)
-    labels_, tiles = data.train_labels.numpy(), picture.axes[0].get_images()[0].get_array()
-    k = min(range(10), key=lambda k: np.median(np.flatnonzero(labels_ == k)))  # the easiest class
-    easiest = np.flatnonzero(labels_ == k)[0]
-    assert (tiles[:8, :8] == data.train_images[easiest].numpy().squeeze()).all()
-    assert len(tiles) == 10 * 9 and len(picture.axes[0].get_yticklabels()) == 10
+def test_a_table_for_a_paper(small):
+    """In percent, with the digits that the deviations have, in three forms."""
+    out, _ = small
+    call("--out", out, "--levels", "0,8")
+    table = out / "figures/accuracy-cifar10-resnet20"
+    x = np.array(raw(out / "imp/cifar10-resnet20/all-rewind0", 8)) * 100
+    cell = f"{x.mean():.1f} ± {x.std(ddof=1):.1f}"
+    head, _, first, _ = Path(f"{table}.md").read_text().splitlines()
+    assert head == "| pre-training | n | 100 % | 16.8 % |"
+    assert first.startswith("| all, step 0 | 2 | ") and first.endswith(f" | {cell} |")
+    assert cell in Path(f"{table}.csv").read_text()
+    latex = Path(f"{table}.tex").read_text()
+    assert r"100 \%" in latex and cell.replace("±", r"$\pm$") in latex
+    assert latex.startswith(r"\begin{tabular}{lccc}") and r"\midrule" in latex
+
+
+def test_tables_of_the_papers_claims(results, small):
+    """t* by the 16.8 % rule, onset of connectivity, correlations, sizes, warmup: each worked out
+    here from the files."""
+    rows = tables_of(results)["onset-cifar10-resnet20"]
+    at_start = [x for x in rows if x["pretraining"] == "all"]
+    assert [x["spawned_at"] for x in at_start] == [0, 200, 400]
+    assert {x["onset"] for x in rows} == {"none"} and {x["connected"] for x in rows} == {"no"}
+    found = tables_of(results)["correlations-cinic10-resnet56"]
+    ours = [x["n"] for x in found if x["of"] != records.SOURCE]
+    assert ours[1] == ours[0] - 2, "without both replicates of step 0"
+    scatter = pd.read_csv(records.PAPER / "lmc_scatter.csv")
+    final = pd.to_numeric(scatter["final_test_accuracy_level7"], errors="coerce")
+    r = scatter["mean_train_loss_barrier"].corr(final)
+    assert found[-1]["pearson"] == pytest.approx(r) and found[-1]["n"] == final.notna().sum()
+    best = [x for x in tables_of(results)["sizes-cifar10-resnet20"] if x["best"]]
+    one = next(x for x in best if x["configuration"].startswith("random"))
+    folder = "imp/cifar10-resnet20/random{}-rewind200"
+    means = {m: np.mean([raw(results / folder.format(m), k) for k in (8, 10, 12)])
+             for m in (512, 3200, 6400)}  # fmt: skip
+    assert one["size"] == max(means, key=means.get)
+    assert one["accuracy"] == pytest.approx(max(means.values()))
+    rows = tables_of(results)["warmup_differences-cifar10-resnet20"]
+    [row] = [x for x in rows if (x["A"], x["B"], x["warmup"]) == ("easy 5120", "hard 5120", 400)]
+    each = [np.array([runs.read_json(p)["test_accuracy"] for p in
+                      sorted(results.glob(f"warmup/cifar10-*/{s}5120-warmup400/rep*/result.json"))])
+            for s in ("easy", "hard")]  # fmt: skip
+    assert row["test_accuracy_p"] == pytest.approx(stats.ttest_ind(*each, equal_var=False).pvalue)
+    assert row["test_accuracy_paired_p"] == pytest.approx(stats.ttest_rel(*each).pvalue)
+
+
+def test_t_star_is_the_first_step_that_matches_dense(tmp_path):
+    """Below dense at levels 3 to 8 from step 0, nowhere from 200 and 400 on."""
+    f = Folders(tmp_path, "cifar10")
+    for rewind, drop in ((0, 0.02), (200, 0.0), (400, 0.0)):
+        for k in range(4):
+            levels = [(i, 0.8**i, 0.9 - drop * (i > 2) + 0.001 * k) for i in range(9)]
+            keys = ("level", "weights_remaining", "test_accuracy")
+            rows = [dict(zip(keys, x, strict=True)) for x in levels]
+            f.put("imp", k, {"levels": rows}, {}, rewind=rewind)
+    rows = tables_of(tmp_path)["rewind-cifar10-resnet20"]
+    assert [x["below_dense_at"] for x in rows] == ["3-8", "none", "none"]
+    assert [x["t*"] for x in rows] == ["", "t*", ""] and {x["level"] for x in rows} == {8}
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def test_every_remedy_is_a_command_that_can_make_it():
-    """Of results/ with nothing in it: run_all.sh has runs for it, and stages accept the rest."""
-    environment = os.environ | {"PYTHON": str(common.HERE / "tests/fake_python.py")}
-    shown = {figure: [] for figure in figures.FIGURES}
-    lines = figures.missing(figures.Results([], {}), shown, [*figures.ALL], False)
-    lines += figures.missing(figures.Results([], {}), {}, [], True)
-    assert len(lines) > 40
-    for _, words in lines:
-        if words[0] == "bash":
-            where = {"env": environment, "cwd": common.HERE}
-            done = subprocess.run([*words, "--list"], **where, capture_output=True, text=True)
-            stage = figures.FIGURES[words[3]].stage if words[3] in figures.FIGURES else "imp"
-            assert done.returncode == 0 and f"{stage}.py" in done.stdout, shlex.join(words)
-        else:
-            assert __import__(Path(words[1]).stem).flags().parse_args(words[2:])
+def test_comparing_two_runs(small, capsys):
+    """By name; paired over the replicates that both have."""
+    out, _ = small
+    words = ["--out", out, "--levels", "1-3", "--slack", "2", "--compare"]
+    [found] = call(*words, "easy3200-rewind200", "cifar10-resnet20/all-rewind0")
+    printed = capsys.readouterr().out
+    assert found["A"].startswith("easy 3200") and found["slack_in_standard_errors"] == 2
+    assert found["verdict"] in printed and not (out / "figures").exists()
+    a, b = (np.array([raw(out / f"imp/cifar10-resnet20/{x}", k) for k in (1, 2, 3)])
+            for x in ("easy3200-rewind200", "all-rewind0"))  # fmt: skip
+    assert [x["level"] for x in found["rows"]] == ["1", "2", "3", "mean of 1-3"]
+    for row, x, y in zip(found["rows"], [*a, a.mean(0)], [*b, b.mean(0)], strict=True):
+        assert row["A - B"] == f"{100 * (x.mean() - y.mean()):.2f}"
+        assert row["p"] == f"{stats.ttest_ind(x, y, equal_var=False).pvalue:.2g}"
+        assert row["paired p"] == f"{stats.ttest_rel(x, y).pvalue:.2g}" and row["pairs"] == "2"
+        assert row["A - B"] in printed
 
 
-def planned(monkeypatch, capsys, out: Path, *commands: str) -> list[list[str]]:
-    text = "".join(f"python {x} --out {shlex.quote(str(out))}\n" for x in commands)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    call("--plan")
-    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-
-
-def test_a_plan_names_runs_as_the_runs_do(tmp_path, monkeypatch, capsys):
-    """By scores that are not made yet as by those that are, and each folder of a command."""
-    scores = [tmp_path / f"lmc/digits-resnet8/all-rewind{t}/scores.npy" for t in (20, 40)]
-    scores.append(tmp_path / "el2n/digits-resnet8/forgetting/scores.npy")
-    easy = "imp.py --subset easy --size 256 --rewind 20 --scores"
-    commands = [f"{easy} {shlex.quote(str(path))}" for path in scores]
-    before = planned(monkeypatch, capsys, tmp_path, *commands)
-    names = [f"easy256-{x}-rewind20" for x in ("lmc20", "lmc40", "forgetting")]
-    assert [row[3] for row in before] == [f"imp/digits-resnet8/{x}/rep0" for x in names]
-    for path, about in zip(scores, ({"rewind": 20}, {"rewind": 40}, {}), strict=True):
-        path.parent.mkdir(parents=True)
-        metric = "lmc" if about else "forgetting"
-        runs.write_json(path.with_suffix(".json"), {"metric": metric, **about})
-    assert planned(monkeypatch, capsys, tmp_path, *commands) == before
-    lmc = "lmc.py --subset all --rewind 0,20 --replicate 0-1,3"
-    [row] = planned(monkeypatch, capsys, tmp_path, lmc)
-    places = [f"lmc/digits-resnet8/all-rewind{t}/rep0-1,3" for t in (0, 20)]
-    assert row == ["todo", str(6 * 3 * 600 + 3 * (20 - 60)), "6", *places]
-
-
-def test_a_plan_of_barriers_between_networks(stage, tmp_path, monkeypatch, capsys):
-    common.torch.manual_seed(0)
-    files = [tmp_path / f"{x}.pt" for x in "ab"]
-    for path in files:
-        common.torch.save(common.ResNet(8, 4, 1, 10).state_dict(), path)
-    words = ["--width", 4, "--between", *files]
-    line = f"lmc.py {shlex.join(map(str, words))}"
-    [before] = planned(monkeypatch, capsys, tmp_path / "results", line)
-    stage("lmc", *words)
-    [folder] = (tmp_path / "results").glob("lmc/*/*/rep0")
-    capsys.readouterr()
-    place = str(folder.relative_to(tmp_path / "results"))
-    assert before == ["todo", "0", "1", place]
-    assert planned(monkeypatch, capsys, tmp_path / "results", line) == [["done", *before[1:]]]
-
-
-def test_cost_of_commands(small, monkeypatch, capsys):
-    """CIFAR-10 is measured at 18 steps/s; ResNet-56 on 256 images is 6 times ResNet-20 on 128."""
-    lines = ["/opt/python /here/imp.py --dataset=cifar10 --replicate=0-3 --out='a b'", ""]
-    lines += ["python imp.py --replicate 0", "python el2n.py --dataset=cinic10", "figures.py"]
-    lines += ["python warmup.py --dataset=cifar10 --warmup 0"]  # of 1024 images, 8 times 128
-    lines += ["python imp.py --dataset=cifar10 --batch-size 64"]  # half of it
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    call("--cost", "--rate", "12", "--out", small[0])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    steps = 4 * (200 + 21 * 62200), 20 + 9 * 580, 10 * 8000, 7840
-    more = steps[0] // 4
-    hours = f"{(steps[0] + more / 2) / 18 / 3600:.1f}", "-", f"{steps[2] / 2 / 3600:.1f}"
-    assert rows[1] == ["imp/cifar10-resnet20", "2", "5", str(steps[0] + more), hours[0]]
-    assert rows[2] == ["imp/digits-resnet8", "1", "1", str(steps[1]), hours[1]]
-    assert rows[3] == ["el2n/cinic10-resnet56", "1", "1", str(steps[2]), hours[2]]
-    assert rows[4] == ["warmup/cifar10-resnet20", "1", "1", "7840", f"{7840 * 8 / 18 / 3600:.1f}"]
-    assert rows[5] == ["all", "5", "8", str(sum(steps) + more), "-"] and "--rate" in rows[6]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("echo hello\n"))
-    with pytest.raises(runs.UserError, match="not a command of a stage: echo hello"):
-        call("--plan")
+def test_comparing_by_pattern_and_across_folders(small, capsys):
+    out, f = small
+    f.imp(subset="random", size=3200, rewind=200)
+    assert len(call("--out", out, "--compare", "*3200*", "all*")) == 2
+    other = Folders(out.parent / "other", "cifar10")
+    other.draw = np.random.default_rng(7)
+    other.imp(rewind=0, lr=0.2)
+    theirs = other.out / "imp/cifar10-resnet20/all-rewind0-lr0.2"
+    [found] = call("--out", out, "--out", other.out, "--compare", "all-rewind0", theirs)
+    assert found["folders"] == (str(out / "imp/cifar10-resnet20/all-rewind0"), str(theirs))
+    f.lmc(rewind=0), f.lmc(rewind=200)
+    f.warmup(warmup=0), f.warmup(warmup=100)
+    [found] = call("--out", out, "--compare", "lmc/*/*rewind0", "lmc/*/*rewind200")
+    assert len(found["rows"]) == 1 and found["measure"] == "loss barrier"
+    [found] = call("--out", out, "--compare", "all-warmup0", "all-warmup100")
+    assert found["measure"] == "test accuracy (%)"
+    with pytest.raises(runs.UserError, match=r"no such run \(did you mean easy3200-rewind200\?\)"):
+        call("--out", out, "--compare", "easy320-rewind200", "all-rewind0")
+    with pytest.raises(runs.UserError, match="one run, or of different stages"):
+        call("--out", out, "--compare", "all-warmup0", "easy3200-rewind200")
 
 
 def test_nothing_is_drawn_from_nothing(tmp_path, capsys):
-    assert call("--out", tmp_path)["written"] == [] and not (tmp_path / "figures").exists()
-    assert "run_all.sh --dataset cifar10" in capsys.readouterr().err
-    with pytest.raises(runs.UserError, match="nothing to draw fig2"):
-        call("fig2", "--out", tmp_path, "--dataset", "cifar10")
-    with pytest.raises(runs.UserError, match="fig99"):
-        call("fig99", "--out", tmp_path)
+    assert call("--out", tmp_path, "--missing")["written"] == []
+    assert not (tmp_path / "figures").exists()
+    assert f"run_all.sh --dataset cifar10 --out {tmp_path}" in capsys.readouterr().err
+    for words, problem in (
+        (["fig2", "--out", tmp_path, "--dataset", "cifar10"], "nothing to draw fig2"),
+        (["fig22", "--out", tmp_path], "fig22: not one of fig2, .*did you mean fig2"),
+        (["--out", tmp_path / "nothing"], "nothing is not a folder"),
+        (["--levles", "3"], "did you mean --levels"),
+    ):
+        with pytest.raises(runs.UserError, match=problem):
+            call(*words)
+
+
+def test_every_remedy_is_a_command_that_can_make_it(tmp_path):
+    """The grid has runs of the stage for every figure that is missing."""
+    shown = {figure: [] for figure in figures.FIGURES if figure != "examples"}
+    lines = figures.missing(shown, figures.ALL, Path("results"))
+    assert len(lines) > 30
+    for line in lines:
+        what, _, command = line.partition(": ")
+        figure, data = what.split()[0], what.split()[2]
+        listed = grid_commands("--only", figure, "--dataset", data)
+        assert command == f"bash run_all.sh --only {figure} --dataset {data}"
+        assert any(f"{figures.FIGURES[figure].stage}.py" in x for x in listed), line
+
+
+def grid_commands(*words: str) -> list[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        grid.main(["--list", *words])
+    return printed.getvalue().splitlines()
+
+
+def test_a_notebooks_backend_and_an_ascii_terminal_break_nothing(small):
+    """As a program: MPLBACKEND of a notebook that is not installed here; a name with an umlaut."""
+    out, _ = small
+    here = out.rename(out.parent / "größe")
+    environment = os.environ | {"MPLBACKEND": "module://no_such.backend", "PYTHONUTF8": "0"}
+    environment |= {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    words = [sys.executable, options.HERE / "figures.py", "fig2", "--out", here]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "fig2-cifar10-resnet20.png" in done.stdout, done.stderr
+    assert (here / "figures/fig2-cifar10-resnet20.pdf").exists()
+    words[-1] = here / "none"
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_examples_of_the_digits(tmp_path):
+    settings = options.Settings.complete({"data_dir": options.HERE / "data"})
+    data = common.load_data(settings, common.torch.device("cpu"))
+    folder = tmp_path / "el2n/digits-resnet8/el2n"
+    folder.mkdir(parents=True)
+    np.save(folder / "scores.npy", np.arange(len(data.train_labels), dtype=np.float32))
+    about = {"metric": "el2n", "score_step": 60, "sha256_of_scores": "x", "label_noise": [0, 0]}
+    runs.write_json(folder / "scores.json", {**about, "data": data.fingerprint})
+    where = {"outs": [tmp_path], "data_dir": options.HERE / "data"}
+    [(_, picture)] = figures.examples(records.frame(tmp_path), **where)
+    labels_, tiles = data.train_labels.numpy(), picture.axes[0].get_images()[0].get_array()
+    k = min(range(10), key=lambda k: np.median(np.flatnonzero(labels_ == k)))  # the easiest class
+    easiest = np.flatnonzero(labels_ == k)[0]
+    assert (tiles[:8, :8] == data.train_images[easiest].numpy().squeeze()).all()
+    assert len(tiles) == 10 * 9 and len(picture.axes[0].get_yticklabels()) == 10

@@ -1,5 +1,6 @@
 """Verdicts: by hand, on the paper's own curves, and how often identical starts are told apart."""
 
+import itertools
 import math
 
 import numpy as np
@@ -101,18 +102,16 @@ def test_matching_dense_and_w_t_star():
 
 def test_a_match_that_the_mean_contradicts_says_so():
     """Twelve levels, each .02 (1.4 errors, p .1) below: none by the test, the mean by its own."""
-    rows = []
-    for name, subset, step, mean in (("a", "easy", 2, 0.88), ("b", "all", 4, 0.90)):
-        for replicate in range(4):
-            for level in range(13):
-                wave = 0.02 * np.cos(2.1 * level + 1.6 * replicate)  # levels do not correlate
-                about = {"name": name, "out": "o", "stage": "imp", "dataset": "x"}
-                about |= {"subset": subset, "size": 8 * (subset == "easy"), "rewind": step}
-                about |= {"noise": 0.0, "metric": "", "control": "", "extra": "", "done": True}
-                about |= {"balance": False, "offset": 0, "pretrain_lr": 0.1, "warmup": 0}
-                about |= {"replicate": replicate, "level": float(level), "weights_remaining": 0.5}
-                rows.append(about | {"test_accuracy": mean - 0.05 * (level == 0) + wave})
-    [star, a] = records.make_curves(pd.DataFrame(rows))
+
+    def ours(subset: str, step: int, mean: float) -> Curve:
+        pairs = itertools.product(range(13), range(4))
+        rows = pd.DataFrame(pairs, columns=["level", "replicate"]).assign(done=True)
+        wave = 0.02 * np.cos(2.1 * rows["level"] + 1.6 * rows["replicate"])  # no two levels alike
+        rows["test_accuracy"] = mean - 0.05 * (rows["level"] == 0) + wave
+        found = records.summarise(rows, "level").assign(weights_remaining=0.5)
+        return Curve(subset, 8 * (subset == "easy"), step, points=found, rows=rows)
+
+    a, star = ours("easy", 2, 0.88), ours("all", 4, 0.90)
     row = tables.compare(a, star, [star, a], "")
     assert row["A_below_at"] == "none" and row["A_matches_w_t*"].startswith("yes, but the mean")
     assert row["mean_tested"] == "paired, n=4" and row["mean_difference"] == pytest.approx(-0.02)
@@ -206,7 +205,7 @@ def simulate(correlation: float, deficit: float, draws: int = 4000) -> tuple[flo
     values += math.sqrt(correlation) * draw.standard_normal((2, draws, 4, 1))
     values[0] -= deficit
     mean, sd = values.mean(2), values.std(2, ddof=1)  # (2, draws, 12)
-    a, b = (pd.DataFrame({"mean": m.ravel(), "sd": s.ravel(), "n": 4}) for m, s in zip(mean, sd, strict=True))
+    a, b = (pd.DataFrame({"mean": mean[i].ravel(), "sd": sd[i].ravel(), "n": 4}) for i in (0, 1))
     found = tables.welch(a, b)
     below = found["p_below"] < tables.limit_of(0.05, 12)
     literal = found["difference"] < -found["standard_error"]
