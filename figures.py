@@ -321,20 +321,23 @@ def prelr(p: Picture) -> None:
 
 def draw_histogram(p: Picture, curves: list[Curve], what: str, t: int, edges: np.ndarray) -> None:
     """A histogram of Figure 5: pairs, examples and replicates pooled."""
+    arrays = {c: records.load_all(c.rows, "loss_barrier_pairs.npy") for c in curves}
+    theirs = records.paper_table("lmc_histograms.csv").query("dataset == @p.paper")
+    theirs = theirs[theirs["pretraining"] == f"{what}, {t} it"] if len(theirs) else theirs
+    if not any(arrays.values()) and not len(theirs):
+        return
     ax = p.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
-    for c in curves:
-        if arrays := records.load_all(c.rows, "loss_barrier_pairs.npy"):
-            values = np.concatenate([x.ravel() for x in arrays])
+    for c, found in arrays.items():
+        if found:
+            values = np.concatenate([x.ravel() for x in found])
             share = 100 * np.histogram(values, edges)[0] / len(values)
             outside = f"{np.mean((values < edges[0]) | (values > edges[-1])):.1%} outside"
             bars = ax.stairs(share, edges, fill=True, color=look(c)["color"], alpha=0.55)
-            ax.annotate(f"n={c.rows['replicate'].nunique()}, {outside}", (0.97, 0.93),
-                        xycoords="axes fraction", ha="right", fontsize=7)  # fmt: skip
+            said = {"xycoords": "axes fraction", "ha": "right", "fontsize": 7}
+            ax.annotate(f"n={len(found)}, {outside}", (0.97, 0.93), **said)
             p.note(f"{c.subset}, all pairs and examples", bars)
-    rows = records.paper_table("lmc_histograms.csv").query("dataset == @p.paper")
-    rows = rows[rows["pretraining"] == f"{what}, {t} it"] if len(rows) else rows
-    if len(rows):
-        bins, count = [*rows["bin_lo"], rows["bin_hi"].iloc[-1]], rows["count_of_1080000"]
+    if len(theirs):
+        bins, count = [*theirs["bin_lo"], theirs["bin_hi"].iloc[-1]], theirs["count_of_1080000"]
         p.note(SOURCE, ax.stairs(100 * count / count.sum(), bins, color="k", lw=0.7))
 
 
@@ -761,10 +764,11 @@ def print_comparisons(table: pd.DataFrame, names: list[str], rule: tables.Rule) 
     for pair in tables.find_pairs(table, names):
         rows, summary = tables.compare_two(table, pair, rule)
         for name, folder in zip("AB", pair, strict=True):
-            runs.say(f"{name}: {folder}  {summary[name]}")
+            runs.say(f"{name}: {summary[name]}, {folder}")
         runs.say(f"\n{tables.aligned(rows)}\n")
-        for k in summary.keys() - {"A", "B"}:
-            runs.say(f"{k:26}{tables.cell(summary[k])}")
+        for k, value in summary.items():
+            if k not in ("A", "B"):
+                runs.say(f"{k:28}{tables.cell(value)}")
         results.append(summary | {"rows": rows, "folders": pair})
     return results
 

@@ -228,8 +228,8 @@ def compare(
         "A_matches_dense_at": ranges(as_dense(a, dense, [*a.points.index], rule)),
         "B_matches_dense_at": ranges(as_dense(b, dense, [*b.points.index], rule)),
         "family_wise_error": rule.error,
-        "seen_at_a_level": detectable(found, limit_of(rule.error, len(both))).median(),
-        "seen_in_the_mean": detectable(mean, rule.error) if both else math.nan,
+        "deficit_found_at_a_level": detectable(found, limit_of(rule.error, len(both))).median(),
+        "deficit_found_in_the_mean": detectable(mean, rule.error) if both else math.nan,
         "slack_in_standard_errors": rule.slack,
         "by_slack": verdict(found, "literally_"),
         "A_above_by_slack": where("literally_above"),
@@ -592,7 +592,7 @@ def compare_two(
         y = paired(d).iloc[0] if d.shape[1] > 1 else None
         mean = welch(*map(as_points, each)).iloc[0]
         rows.append(row(f"mean of {ranges(sparse)}", means, mean, y, d.shape[1]))
-    return rows, summary | {"folders": pair}
+    return rows, summary
 
 
 def aligned(rows: list[dict[str, str]]) -> str:
