@@ -17,15 +17,13 @@
     prelr         learning rates of pre-training, at the same step
     examples      easiest and hardest images of each class (not drawn unless named)
 
-Writes OUT/figures/: each picture as PNG, SVG and PDF with its caption in a .txt, each table as CSV
-and Markdown, test accuracies as LaTeX, too. Lines are means over replicates, bands sample standard
-deviations; thin lines without a band are the paper's (paper/README.md). A run in progress counts
-with the levels it has, and is marked *.
+Writes OUT/figures/: each picture as PNG, SVG and PDF with its caption in a .txt, each table as CSV,
+Markdown and LaTeX. Lines are means over replicates, bands sample standard deviations; thin lines
+without a band are the paper's (paper/README.md). A run in progress counts with the levels it has,
+and is marked *. docs/figures.md has the map to the paper; tables.py defines the verdicts.
 
     table = figures.frame("results")         a pandas table: a row for each level of each run
     pictures = figures.draw("fig2", table)   {name: matplotlib Figure}
-
-The tables and verdicts are those of tables.py, whose docstring defines them.
 """
 
 import argparse
@@ -177,9 +175,8 @@ def draw_curve(
     low, high = mean - points["sd"].to_numpy(), mean + points["sd"].to_numpy()
     if log:
         mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
-    [line] = ax.plot(
-        x, mean, ms=3.5, markevery=max(1, len(x) // 20), label=label, zorder=3, **style
-    )
+    marks = {"ms": 3.5, "markevery": max(1, len(x) // 20)}
+    [line] = ax.plot(x, mean, label=label, zorder=3, **marks, **style)
     p.note(label, line, points["n"], running)
     if band and len(x) == 1:  # a band has no width
         ax.errorbar(x, mean, [mean - low, high - mean], color=style["color"], lw=0.8, capsize=2)
@@ -222,17 +219,16 @@ def draw_levels(
     everything = [] if any(c.rate for c in shown) else all_data(p.curves)
     for c in [*plain, *shown]:
         style = look(c, everything if c in everything else [*plain, *shown])
-        theirs = records.published(c, p.paper) if c in shown else None
-        said = records.differs(c, theirs) if theirs else ""
-        if said and any(records.published(x, p.paper) is theirs for x in shown if x is not c):
-            theirs = None  # it stands behind the one that is alike
-        for x in (c, theirs) if theirs else (c,):
-            remaining |= dict(x.points["weights_remaining"].items())
         ours = percent(c.points).set_index("weights_remaining")
         draw_curve(p, ax, ours, style, getattr(c, label), c in shown, c.running)
-        if theirs:
+        remaining |= dict(c.points["weights_remaining"].items())
+        theirs = records.published(c, p.paper) if c in shown else None
+        said = records.differs(c, theirs) if theirs else ""
+        alike = [x for x in shown if x is not c and records.published(x, p.paper) is theirs]
+        if theirs and not (said and alike):  # else it stands behind the one that is alike
             behind = percent(theirs.points).set_index("weights_remaining")
             draw_behind(p, ax, behind, style, said)
+            remaining |= dict(theirs.points["weights_remaining"].items())
     draw_dense(p, ax, (shown + plain)[:1])
     chosen = [remaining[k] for k in sorted(remaining)[:: max(1, -(-len(remaining) // 8))]]
     ax.set_xscale("log")
@@ -586,13 +582,11 @@ def examples(
     data_dir: Path = Path("data"),
     folders: Iterable[str] = (),
 ) -> Iterator[tuple[str, Picture]]:
-    """The easiest and the hardest training images of each class by EL2N, beside the distribution
-    of scores in it; `folders` of images by their paths."""
+    """A picture of each folder of EL2N scores; `folders` are data sets of images by path."""
     import torch  # here, since no other figure needs data
 
     import common
 
-    each = 8  # images at either end
     outs = outs or table["out"].unique()
     found = [m for out in outs for m in records.read_metrics(Path(out)) if m["metric"] == "el2n"]
     for m in (m for m in found if not m["label_noise"][0]):
@@ -604,44 +598,44 @@ def examples(
         except runs.UserError as e:
             records.skipped(e)
             continue
-        images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
         if scores is None or data.fingerprint != m["data"]:
             records.skipped(f"{m['folder']}: scores of other data than {data_dir} holds")
             continue
-        of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
-        of_class.sort(key=lambda i: np.median(scores[i]))
-        ranked = [i[np.argsort(scores[i], kind="stable")] for i in of_class]
-        rows, (height, width, channels) = len(ranked), images.shape[1:]
-        figure = Picture(figsize=(7, 1 + 0.22 * rows))
-        axes = figure.subplots(1, 3, sharey=True)
-        ends = (("easiest", slice(each)), ("hardest", slice(-each, None)))
-        for ax, (title, chosen) in zip(axes, ends, strict=False):
-            tiles = np.full((rows, height + 1, each, width + 1, channels), images.max())
-            for row, i in enumerate(ranked):
-                tiles[row, :-1, : len(i[chosen]), :-1] = images[i[chosen]].swapaxes(0, 1)
-            tiles = tiles.reshape(rows * (height + 1), each * (width + 1), channels).squeeze()
-            ax.imshow(tiles, cmap="gray", extent=(0, each, rows + 0.5, 0.5), aspect="auto")
-            ax.set(title=title, xticks=[])
-            ax.grid(visible=False)
-        values = [scores[i] for i in ranked]
-        axes[2].boxplot(values, orientation="horizontal", sym="", whis=(5, 95), widths=0.6)
-        axes[2].set(xlabel=f"EL2N score at step {m['score_step']}", title="5, 25, 50, 75, 95 %")
-        axes[0].set_yticks(range(1, rows + 1), [data.classes[labels[i[0]]] for i in ranked])
-        yield f"{m['model']}-{m['folder'].name}", figure
+        yield f"{m['model']}-{m['folder'].name}", draw_ends(scores, data, m["score_step"])
+
+
+def draw_ends(scores: np.ndarray, data: Any, step: int, each: int = 8) -> Picture:
+    """The easiest and the hardest `each` training images of each class, beside the distribution of
+    scores in it."""
+    images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
+    of_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    of_class.sort(key=lambda i: np.median(scores[i]))
+    ranked = [i[np.argsort(scores[i], kind="stable")] for i in of_class]
+    rows, (height, width, channels) = len(ranked), images.shape[1:]
+    picture = Picture(figsize=(7, 1 + 0.22 * rows))
+    axes = picture.subplots(1, 3, sharey=True)
+    ends = (("easiest", slice(each)), ("hardest", slice(-each, None)))
+    for ax, (title, chosen) in zip(axes, ends, strict=False):
+        tiles = np.full((rows, height + 1, each, width + 1, channels), images.max())
+        for row, i in enumerate(ranked):
+            tiles[row, :-1, : len(i[chosen]), :-1] = images[i[chosen]].swapaxes(0, 1)
+        tiles = tiles.reshape(rows * (height + 1), each * (width + 1), channels).squeeze()
+        ax.imshow(tiles, cmap="gray", extent=(0, each, rows + 0.5, 0.5), aspect="auto")
+        ax.set(title=title, xticks=[])
+        ax.grid(visible=False)
+    values = [scores[i] for i in ranked]
+    axes[2].boxplot(values, orientation="horizontal", sym="", whis=(5, 95), widths=0.6)
+    axes[2].set(xlabel=f"EL2N score at step {step}", title="5, 25, 50, 75, 95 %")
+    axes[0].set_yticks(range(1, rows + 1), [data.classes[labels[i[0]]] for i in ranked])
+    return picture
 
 
 ALL, NOISY = (*PUBLISHED, "digits"), ("cifar10", "digits")
 LEVELS = "Test accuracy against the weights that remain, by what pre-training saw."
 NOISE = f"{LEVELS} Labels are resampled in it."
-SIZES = "Test accuracy against the size of the subset, at three levels."
-BARRIERS = """Loss barriers between children of one start, halfway, and the final accuracy of
-pruning from it; a dot is a replicate."""
-WARMUP = """Warmup of the learning rate on a subset: final accuracy, and the top Hessian eigenvalue
-(geometric mean and deviation)."""
+BARRIERS = "Loss barriers halfway between children of one start; accuracy after pruning from it."
+WARMUP = "Warmup on a subset: final accuracy, and the top Hessian eigenvalue (geometric means)."
 CURVES = "Learning curves of pre-training; cosines of minibatch gradients with their mean."
-PROJECTED = "Error of w_tr on each training example, dense and under the mask of a level."
-ENDS = "Easiest and hardest training images of each class, and how their scores are spread."
-RATES = "Test accuracy against the weights that remain, by the learning rate of pre-training."
 
 
 class Kind(NamedTuple):
@@ -656,19 +650,19 @@ partial = functools.partial
 LMC, FORGETTING = partial(rivals, metric="lmc"), partial(rivals, metric="forgetting")
 FIGURES = {
     "fig2": Kind("imp", by_size, LEVELS),
-    "fig3": Kind("imp", fig3, SIZES),
+    "fig3": Kind("imp", fig3, "Test accuracy against the size of the subset, at three levels."),
     "fig4": Kind("imp", partial(by_size, noisy=True), NOISE, NOISY),
     "fig5": Kind("lmc", fig5, BARRIERS),
     "fig6": Kind("warmup", fig6, WARMUP, NOISY, 4),
     "fig7": Kind("pretrain", fig7, CURVES, ("cifar100", "digits"), 2),
     "fig8": Kind("pretrain", fig8, "Norms of minibatch gradients.", NOISY),
-    "fig9": Kind("imp", fig9, PROJECTED),
+    "fig9": Kind("imp", fig9, "Error of w_tr on each example, dense and under a level's mask."),
     "fig10": Kind("imp", LMC, f"LMC scores against EL2N. {LEVELS}", ALL[1:]),
     "fig11": Kind("imp", partial(by_size, every_size=True), LEVELS),
     "fig12": Kind("imp", FORGETTING, f"Forgetting scores against EL2N. {LEVELS}", NOISY),
     "fig13": Kind("imp", partial(by_size, noisy=True, every_size=True), NOISE, NOISY),
-    "prelr": Kind("imp", prelr, RATES),
-    "examples": Kind("el2n", examples, ENDS),
+    "prelr": Kind("imp", prelr, "Test accuracy by the learning rate of pre-training."),
+    "examples": Kind("el2n", examples, "Easiest and hardest images of each class; their scores."),
 }
 
 
@@ -731,20 +725,18 @@ def flags() -> options.Parser:
     parser = options.Parser(__doc__)
     add = parser.add_argument
     add("figure", nargs="*", help=f"of {', '.join(FIGURES)} [all but examples]")
-    about = "folder of results; several to draw or compare together [results]"
-    add("--out", type=options.path, action="append", help=about)
+    add("--out", type=options.path, action="append", help="folder of results; repeatable [results]")
     add("--figures", type=options.path, help="folder to write to [OUT/figures]")
-    about = "folder of data, for examples [data]"
-    add("--data-dir", type=options.path, default=Path("data"), help=about)
-    add("--dataset", action="append", help="only this data set, or folder of images")
+    add("--data-dir", type=options.path, default=Path("data"), help="of data, for examples [data]")
+    add("--dataset", action="append", help="only this data set, or folder of images; repeatable")
     add("--paper", choices=PUBLISHED, help="whose curves to draw behind runs on other data")
     about = "two runs, by name, end of path or pattern: differences, standard errors, p, verdict"
     add("--compare", nargs=2, metavar=("A", "B"), help=about)
     add("--levels", type=options.numbers, default=(), help="of verdicts, such as 3-12 [all but 0]")
     fraction = options.number(float, 0, 0.5, open_low=True)
     add("--error", type=fraction, default=0.05, help="family-wise error of verdicts [0.05]")
-    about = "standard errors a level of the literal rule, beside the family-wise test [1]"
-    add("--slack", type=options.number(float, 0), default=1.0, help=about)
+    errors = options.number(float, 0)
+    add("--slack", type=errors, default=1.0, help="standard errors a level, literal rule [1]")
     add("--missing", action="store_true", help="print the commands that make what is missing")
     return parser
 
@@ -758,21 +750,6 @@ def save(picture: Picture, text: str, path: Path) -> Path:
     return path.parent / f"{path.name}.png"
 
 
-def print_comparisons(table: pd.DataFrame, names: list[str], rule: tables.Rule) -> list[dict]:
-    """What --compare prints, of each pair of runs; the same, as (rows, verdict) in dicts."""
-    results = []
-    for pair in tables.find_pairs(table, names):
-        rows, summary = tables.compare_two(table, pair, rule)
-        for name, folder in zip("AB", pair, strict=True):
-            runs.say(f"{name}: {summary[name]}, {folder}")
-        runs.say(f"\n{tables.aligned(rows)}\n")
-        for k, value in summary.items():
-            if k not in ("A", "B"):
-                runs.say(f"{k:28}{tables.cell(value)}")
-        results.append(summary | {"rows": rows, "folders": pair})
-    return results
-
-
 def main(args: argparse.Namespace) -> Any:
     """Draws and writes, and says what is missing; returns the paths written and what is missing,
     or of --compare the comparisons."""
@@ -783,8 +760,10 @@ def main(args: argparse.Namespace) -> Any:
     outs = args.out or [Path("results")]
     only = {Path(d).stem for d in args.dataset or ()}
     table, rule = frame(outs, only), tables.Rule(args.levels, args.slack, args.error)
+    if not len(table):
+        runs.warn(f"{outs[0]} holds no runs" + f" of {', '.join(sorted(only))}" * bool(only))
     if args.compare:
-        return print_comparisons(table, args.compare, rule)
+        return tables.print_comparisons(table, args.compare, rule)
     folder = args.figures or outs[0] / "figures"
     where = {"data_dir": args.data_dir, "folders": args.dataset or (), "outs": outs}
     written, shown = [], {}

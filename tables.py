@@ -544,7 +544,8 @@ def find_pairs(table: pd.DataFrame, names: list[str]) -> list[tuple[str, str]]:
     for name in names:
         if not configurations(table, name):
             near = options.did_you_mean(Path(name).name, {*table["name"]})
-            raise runs.UserError(f"--compare {name}: no such run{near}")
+            hint = near or f" (patterns such as '{name}*' work, too)"
+            raise runs.UserError(f"--compare {name}: no such run{hint}")
     raise runs.UserError(f"--compare {' '.join(names)}: these are one run, or of different stages")
 
 
@@ -600,3 +601,18 @@ def aligned(rows: list[dict[str, str]]) -> str:
     cells = [[*rows[0]], *([*row.values()] for row in rows)] if rows else []
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(r, widths, strict=True)) for r in cells)
+
+
+def print_comparisons(table: pd.DataFrame, names: list[str], rule: Rule) -> list[dict]:
+    """What --compare prints, of each pair of runs; the same, as (rows, verdict) in dicts."""
+    results = []
+    for pair in find_pairs(table, names):
+        rows, summary = compare_two(table, pair, rule)
+        for name, folder in zip("AB", pair, strict=True):
+            runs.say(f"{name}: {summary[name]}, {folder}")
+        runs.say(f"\n{aligned(rows)}\n")
+        for k, value in summary.items():
+            if k not in ("A", "B"):
+                runs.say(f"{k:28}{cell(value)}")
+        results.append(summary | {"rows": rows, "folders": pair})
+    return results
