@@ -1,12 +1,9 @@
 """figures.py, tables.py, records.py: every figure and table from synthetic run folders, read as a
 user would see them, with statistics from the raw files."""
 
-import contextlib
 import csv
 import functools
-import io
 import itertools
-import math
 import os
 import shutil
 import subprocess
@@ -21,7 +18,6 @@ from scipy import stats
 
 import common
 import figures
-import grid
 import options
 import records
 import runs
@@ -32,6 +28,8 @@ PICTURES = [f"fig{k}" for k in range(2, 14)] + ["prelr"]
 # ---- figures from synthetic folders --------------------------------------------------------------
 
 SHAPES = {"cifar10": (20, 20), "cifar100": (32, 20), "cinic10": (56, 12)}  # depth, levels
+SIZES = {"cifar10": (512, 3200, 6400), "cifar100": (512, 2048, 3200)}
+SIZES |= {"cinic10": (12800, 25600, 51200)}
 EXAMPLES = 40
 
 
@@ -87,7 +85,8 @@ class Folders:
     def lmc(self, **settings):
         for k in range(2):
             start = {"fingerprint": f"{self.name(settings)}-{k}", "test_accuracy": 0.4 + 0.1 * k}
-            numbers = {"loss_barrier": self.draw.random(), "error_barrier": 0.1, "connected": False}
+            numbers = {"loss_barrier": self.draw.random(), "connected": False}
+            numbers["error_barrier"] = 0.01 if settings["rewind"] >= 400 else 0.1
             pairs = {"loss_barrier_pairs.npy": self.draw.normal(0, 2, (3, EXAMPLES))}
             self.put("lmc", k, {"pretrain": start, **numbers}, pairs, **settings)
 
@@ -114,15 +113,12 @@ def build(out: Path, data: str) -> None:
     f.scores("el2n", "el2n", metric="el2n", score_step=preset.score_step)
     by = {x: f.scores("lmc", f"all-rewind{x}", metric="lmc", rewind=x) for x in (800, 1600)}
     forgetting = f.scores("el2n", "forgetting", metric="forgetting", score_step=preset.steps)
-    sizes = {"cifar10": (512, 3200, 6400), "cifar100": (512, 2048, 3200)}
-    sizes["cinic10"] = 12800, 25600, 51200
-    for at in sorted({0, t, 2 * t} | ({200} if cinic else set())):
-        f.imp(rewind=at)
-        f.lmc(rewind=at)
-    for m, s in itertools.product(sizes[data], records.SUBSETS[1:]):
-        for at in {t, 200} if cinic else {t}:
-            f.imp(subset=s, size=m, rewind=at)
-            f.lmc(subset=s, size=m, rewind=at)
+    sizes = SIZES[data]
+    steps = {t, 200} if cinic else {t}
+    for at in sorted({0, 2 * t} | steps):
+        f.imp(rewind=at), f.lmc(rewind=at)
+    for m, s, at in itertools.product(sizes, records.SUBSETS[1:], steps):
+        f.imp(subset=s, size=m, rewind=at), f.lmc(subset=s, size=m, rewind=at)
     easy = {"subset": "easy", "size": size, "rewind": t}
     for control in ("reinit", "shuffle", "one-shot"):
         f.imp(**easy, control=control)
@@ -133,7 +129,7 @@ def build(out: Path, data: str) -> None:
     f.imp(rewind=2 * t, pretrain_lr=0.2)
     for noise in (0.1, 0.5):
         f.imp(rewind=t, label_noise=noise)
-        for m, s in itertools.product(sizes[data][:2], ("easy", "random")):
+        for m, s in itertools.product(sizes[:2], ("easy", "random")):
             f.imp(subset=s, size=m, rewind=t, label_noise=noise)
     f.pretrain(rewind=1600, easy_size=size, easy_balance=True)
     f.pretrain(subset="easy", size=size, rewind=1600, balance=True)
@@ -252,16 +248,16 @@ def raw(folder: Path, level: int) -> list[float]:
 
 
 def test_the_dense_line_is_the_papers_choice(results):
-    for figure, data, folder in (
-        ("fig2", "cifar10", "all-rewind400"),
-        ("fig2", "cinic10", "all-rewind400"),
-        ("fig2", "cifar100", "all-rewind800"),
-        ("fig4", "cifar10", "all-rewind200-label_noise0.1"),
+    for figure, path in (
+        ("fig2", "cifar10-resnet20/all-rewind400"),
+        ("fig2", "cinic10-resnet56/all-rewind400"),
+        ("fig2", "cifar100-resnet32/all-rewind800"),
+        ("fig4", "cifar10-resnet20/all-rewind200-label_noise0.1"),
     ):
-        [ax, *_] = drawn(results, figure)[data]
+        [ax, *_] = drawn(results, figure)[path.split("-")[0]]
         [dense] = [x for x in ax.lines if x.get_label() == "dense"]
-        [path] = results.glob(f"imp/{data}-*/{folder}")
-        assert dense.get_ydata()[0] == pytest.approx(100 * np.mean(raw(path, 0)))
+        accuracy = np.mean(raw(results / "imp" / path, 0))
+        assert dense.get_ydata()[0] == pytest.approx(100 * accuracy)
 
 
 def test_controls_stand_beside_the_ticket(results):
@@ -270,8 +266,7 @@ def test_controls_stand_beside_the_ticket(results):
     shown = {ticket, *(f"{ticket}, {c}" for c in ("reinit", "shuffle", "one-shot"))}
     lines = {x.get_label(): str(x.get_color()) for x in ax.lines if x.get_label() in shown}
     assert lines.keys() == shown and len({*lines.values()}) == 4
-    rows = tables_of(results)["verdicts-cifar10-resnet20"]
-    pairs = {(x["A"], x["B"]) for x in rows}
+    pairs = {(x["A"], x["B"]) for x in tables_of(results)["verdicts-cifar10-resnet20"]}
     assert (f"{ticket} (n=2)", f"{ticket}, reinit (n=2)") in pairs
 
 
@@ -287,42 +282,31 @@ def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_one(small):
     for size in (3200, 6400):
         f.imp(subset="easy", size=size, rewind=200, balance=True)
     clear()
-    assert "easy balanced" in labels(drawn(out, "fig2")["cifar10"][1])
-    assert "easy balanced" in labels(drawn(out, "fig3")["cifar10"][0])
-    assert "easy balanced" in labels(drawn(out, "fig11")["cifar10"][1])
+    for figure, k in (("fig2", 1), ("fig3", 0), ("fig11", 1)):
+        assert "easy balanced" in labels(drawn(out, figure)["cifar10"][k])
     rows = tables_of(out)["imp-cifar10-resnet20"]
-    [theirs] = [c for c in records.paper_curves("cifar10")
-                if (c.subset, c.size, c.noise, c.metric) == ("easy", 3200, 0, "el2n")]  # fmt: skip
     same = [x for x in rows if x["configuration"].startswith("easy 3200") and x["level"] == 5]
-    assert [x["paper"] for x in same] == [theirs.points.loc[5, "mean"]] * 2
     assert [x["paper_is_of"] for x in same] == ["balanced", ""]
+    assert same[0]["paper"] == same[1]["paper"] > 0.9
     caption = next(x for *_, x in figures.drawn("fig2", records.frame(out)))
     assert "Paul et al. 2022, balanced" not in caption
-
-
-def test_the_coherence_band_is_over_batches_and_replicates(results):
-    [*_, ax] = drawn(results, "fig7")["cifar100"]
-    arrays = [np.load(p) for p in results.glob("pretrain/cifar100*/all*/rep*/coherence.npy")]
-    pooled = np.concatenate([a[1] for a in arrays])  # of step 10
-    [line] = [x for x in ax.lines if x.get_label().startswith("all")]
-    assert line.get_ydata()[1] == pytest.approx(pooled.mean())
-    pages = records.pages(read(results), "pretrain")
-    [curve] = [p.curves[0] for p in pages if p.paper == "cifar100"]
-    at_10 = figures.tracked(curve.rows, "coherence").loc[10]
-    assert at_10["sd"] == pytest.approx(pooled.std(ddof=1)) and at_10["n"] == 32
 
 
 # ---- what is read --------------------------------------------------------------------------------
 
 
 def test_the_frame_is_tidy(small):
-    table = records.frame(small[0])
+    out, f = small
+    table = records.frame(out)
     assert [*table.columns] == records.COLUMNS and len(table) == 4 * 21
     one = table[(table["name"] == "easy3200-rewind200") & (table["level"] == 3)]
-    folder = small[0] / "imp/cifar10-resnet20/easy3200-rewind200"
+    folder = out / "imp/cifar10-resnet20/easy3200-rewind200"
     assert one["test_accuracy"].tolist() == raw(folder, 3)
     assert (one["subset"] == "easy").all() and one["replicate"].tolist() == [0, 1]
     assert one["weights_remaining"].tolist() == pytest.approx([0.512, 0.512])
+    f.imp(rewind=0, steps=40)  # another picture
+    names = {p.name for p in records.pages(records.frame(out), "imp")}
+    assert names == {"cifar10-resnet20-steps40", "cifar10-resnet20-steps62400"}
 
 
 def test_a_run_in_progress_counts_and_is_marked(small, capsys):
@@ -369,13 +353,6 @@ def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
     assert len(lines) == 4 and sum(str(path) in x for x in lines) == 1
 
 
-def test_other_settings_are_another_picture(small):
-    out, f = small
-    f.imp(rewind=0, steps=40)
-    names = {p.name for p in records.pages(records.frame(out), "imp")}
-    assert names == {"cifar10-resnet20-steps40", "cifar10-resnet20-steps62400"}
-
-
 # ---- what is written -----------------------------------------------------------------------------
 
 
@@ -397,10 +374,6 @@ def test_pictures_and_tables_are_written(small, capsys):
     assert float(row["ours"]) == pytest.approx(np.mean(accuracy), abs=1e-5)
     assert float(row["sd"]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-5)
     assert row["paper"] == "0.91535" and row["paper_n"] == "4"
-    published = (0.91535, 0.0023670 * math.sqrt(4 / 3), 4)
-    ours = (float(row["ours"]), float(row["sd"]), 2)
-    p = stats.ttest_ind_from_stats(*ours, *published, equal_var=False).pvalue
-    assert float(row["p"]) == pytest.approx(p, rel=1e-2)
     assert "A_matches_w_t*" in (out / "figures/verdicts-cifar10-resnet20.md").read_text()
 
 
@@ -420,13 +393,13 @@ def test_a_table_for_a_paper(small):
     assert latex.startswith(r"\begin{tabular}{lccc}") and r"\midrule" in latex
 
 
-def test_tables_of_the_papers_claims(results, small):
+def test_tables_of_the_papers_claims(results):
     """t* by the 16.8 % rule, onset of connectivity, correlations, sizes, warmup: each worked out
     here from the files."""
     rows = tables_of(results)["onset-cifar10-resnet20"]
-    at_start = [x for x in rows if x["pretraining"] == "all"]
-    assert [x["spawned_at"] for x in at_start] == [0, 200, 400]
-    assert {x["onset"] for x in rows} == {"none"} and {x["connected"] for x in rows} == {"no"}
+    found = {(x["pretraining"], x["spawned_at"]): (x["connected"], x["onset"]) for x in rows}
+    assert found["all", 200] == ("no", "step 400") and found["all", 400] == ("yes", "step 400")
+    assert {x["onset"] for x in rows if x["pretraining"] != "all"} == {"none"}
     found = tables_of(results)["correlations-cinic10-resnet56"]
     ours = [x["n"] for x in found if x["of"] != records.SOURCE]
     assert ours[1] == ours[0] - 2, "without both replicates of step 0"
@@ -521,25 +494,6 @@ def test_nothing_is_drawn_from_nothing(tmp_path, capsys):
             call(*words)
 
 
-def test_every_remedy_is_a_command_that_can_make_it(tmp_path):
-    """The grid has runs of the stage for every figure that is missing."""
-    shown = {figure: [] for figure in figures.FIGURES if figure != "examples"}
-    lines = figures.missing(shown, figures.ALL, Path("results"))
-    assert len(lines) > 30
-    for line in lines:
-        what, _, command = line.partition(": ")
-        figure, data = what.split()[0], what.split()[2]
-        listed = grid_commands("--only", figure, "--dataset", data)
-        assert command == f"bash run_all.sh --only {figure} --dataset {data}"
-        assert any(f"{figures.FIGURES[figure].stage}.py" in x for x in listed), line
-
-
-def grid_commands(*words: str) -> list[str]:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        grid.main(["--list", *words])
-    return printed.getvalue().splitlines()
-
-
 def test_a_notebooks_backend_and_an_ascii_terminal_break_nothing(small):
     """As a program: MPLBACKEND of a notebook that is not installed here; a name with an umlaut."""
     out, _ = small
@@ -556,17 +510,16 @@ def test_a_notebooks_backend_and_an_ascii_terminal_break_nothing(small):
 
 
 def test_examples_of_the_digits(tmp_path):
-    settings = options.Settings.complete({"data_dir": options.HERE / "data"})
-    data = common.load_data(settings, common.torch.device("cpu"))
-    folder = tmp_path / "el2n/digits-resnet8/el2n"
-    folder.mkdir(parents=True)
-    np.save(folder / "scores.npy", np.arange(len(data.train_labels), dtype=np.float32))
-    about = {"metric": "el2n", "score_step": 60, "sha256_of_scores": "x", "label_noise": [0, 0]}
-    runs.write_json(folder / "scores.json", {**about, "data": data.fingerprint})
-    where = {"outs": [tmp_path], "data_dir": options.HERE / "data"}
-    [(_, picture)] = figures.examples(records.frame(tmp_path), **where)
+    """Scores are positions: the first row begins with the first image of its class."""
+    where = {"data_dir": options.HERE / "data"}
+    data = common.load_data(options.Settings.complete(where), common.torch.device("cpu"))
+    f = Folders(tmp_path, "cifar10")
+    f.model = "digits-resnet8"
+    f.scores("el2n", "el2n", metric="el2n", score_step=60, data=data.fingerprint)
+    scores = np.arange(len(data.train_labels), dtype=np.float32)
+    np.save(tmp_path / "el2n/digits-resnet8/el2n/scores.npy", scores)
+    [(_, picture)] = figures.examples(records.frame(tmp_path), outs=[tmp_path], **where)
     labels_, tiles = data.train_labels.numpy(), picture.axes[0].get_images()[0].get_array()
     k = min(range(10), key=lambda k: np.median(np.flatnonzero(labels_ == k)))  # the easiest class
-    easiest = np.flatnonzero(labels_ == k)[0]
-    assert (tiles[:8, :8] == data.train_images[easiest].numpy().squeeze()).all()
-    assert len(tiles) == 10 * 9 and len(picture.axes[0].get_yticklabels()) == 10
+    easiest = data.train_images[np.flatnonzero(labels_ == k)[0]]
+    assert len(tiles) == 10 * 9 and (tiles[:8, :8] == easiest.numpy().squeeze()).all()

@@ -1,6 +1,5 @@
 """Verdicts: by hand, on the paper's own curves, and how often identical starts are told apart."""
 
-import itertools
 import math
 
 import numpy as np
@@ -52,13 +51,11 @@ def test_verdicts_worked_by_hand(a, b, by_test, literally):
     assert tables.verdict(found) == by_test and tables.verdict(found, "literally_") == literally
 
 
-def test_slack_and_levels_are_asked_for():
+def test_slack_is_asked_for():
     a, b = points(0.9, 0.9, 0.9), points(0.8, 0.92, 0.8)
     for slack, literally in ((1.4, "neither"), (1.5, "weakly dominates")):  # it is 1.414 errors
         found = tables.judge(a, b, [0, 1, 2], Rule(slack=slack))
         assert tables.verdict(found, "literally_") == literally
-    assert tables.verdict(tables.judge(a, b, [1])) == "equal"
-    assert tables.verdict(tables.judge(a, b, [])) == "no common level"
 
 
 def test_of_one_replicate_nothing_is_tested():
@@ -77,10 +74,6 @@ def test_statistics_against_scipy_on_raw_samples():
         assert found["p"] == pytest.approx(test.pvalue, rel=1e-12)
         assert found["p_below"] == pytest.approx(below.pvalue, rel=1e-12)
         assert found["difference"] / found["standard_error"] == pytest.approx(test.statistic)
-        k = min(n, m)
-        pairs = stats.ttest_rel(x[:k], y[:k])
-        d = pd.DataFrame([x[:k] - y[:k]])
-        assert tables.paired(d)["p"].iloc[0] == pytest.approx(pairs.pvalue, rel=1e-12)
     [row] = tables.welch(records.as_points([0.9]), records.as_points([0.9, 0.8])).to_dict("records")
     assert math.isnan(row["p"]) and row["difference"] == pytest.approx(0.05)
 
@@ -98,23 +91,6 @@ def test_matching_dense_and_w_t_star():
     assert row["A_matches_w_t*"] == "no: below at 2 of 1-2"
     assert tables.compare(a, star, [zero, a], "cifar10")["A_matches_w_t*"].startswith("-: all data")
     assert tables.ranges([5, 0, 1, 2]) == "0-2, 5" and tables.ranges([]) == "none"
-
-
-def test_a_match_that_the_mean_contradicts_says_so():
-    """Twelve levels, each .02 (1.4 errors, p .1) below: none by the test, the mean by its own."""
-
-    def ours(subset: str, step: int, mean: float) -> Curve:
-        pairs = itertools.product(range(13), range(4))
-        rows = pd.DataFrame(pairs, columns=["level", "replicate"]).assign(done=True)
-        wave = 0.02 * np.cos(2.1 * rows["level"] + 1.6 * rows["replicate"])  # no two levels alike
-        rows["test_accuracy"] = mean - 0.05 * (rows["level"] == 0) + wave
-        found = records.summarise(rows, "level").assign(weights_remaining=0.5)
-        return Curve(subset, 8 * (subset == "easy"), step, points=found, rows=rows)
-
-    a, star = ours("easy", 2, 0.88), ours("all", 4, 0.90)
-    row = tables.compare(a, star, [star, a], "")
-    assert row["A_below_at"] == "none" and row["A_matches_w_t*"].startswith("yes, but the mean")
-    assert row["mean_tested"] == "paired, n=4" and row["mean_difference"] == pytest.approx(-0.02)
 
 
 # ---- the paper -----------------------------------------------------------------------------------
@@ -144,25 +120,22 @@ def test_the_papers_numbers_as_sample_deviations():
 
 
 @pytest.mark.parametrize(
-    "data, failing, literally",
-    [("cifar10", "6, 8, 12", 6), ("cifar100", "5, 7-12", 6), ("cinic10", "6-7, 10", 5)],
+    "data, half_below, literally",
+    [
+        ("cifar10", "6, 8, 12", "3, 6-8, 11-12"),
+        ("cifar100", "5, 7-12", "1-4, 7-8"),
+        ("cinic10", "6-7, 10", "2-3, 10-12"),
+    ],
 )
-def test_the_papers_claims(data, failing, literally):
+def test_the_papers_claims(data, half_below, literally):
     """Easy examples for half of t* match all data for t*, for which all data for half of it do
     not suffice; random ones do as well as all data for as long."""
-    easy = below_star(data, "easy")
-    assert easy["A_below_at"] == "none" and easy["A_matches_w_t*"].startswith("yes")
-    count = sum(len(range(*bounds(x))) for x in easy["A_below_by_slack"].split(", "))
-    assert count == literally, "levels below by one standard error"
-    half = below_star(data, "all")
-    assert half["A_below_at"] == failing and half["A_matches_w_t*"].startswith("no")
+    easy, half = below_star(data, "easy"), below_star(data, "all")
+    assert easy["A_below_at"] == "none" and easy["A_matches_w_t*"] == "yes"
+    assert easy["A_below_by_slack"] == literally
+    assert half["A_below_at"] == half_below and half["A_matches_w_t*"].startswith("no")
     size, t = SETTINGS[data]
     assert on_paper(data, ("random", size, t), ("all", 0, t))["A_below_at"] == "none"
-
-
-def bounds(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
-    return int(first), int(last or first) + 1
 
 
 def test_what_does_not_match_on_paper():
@@ -176,10 +149,11 @@ def test_what_does_not_match_on_paper():
         assert on_paper(data, ("hard", size, t), ("all", 0, t))["A_below_at"] == failing
 
 
-def test_the_price_of_the_family_wise_test():
+def test_the_price_of_the_family_wise_test_is_said():
+    """Below by one standard error at 11 of 12 levels, by the test at none: the mean contradicts."""
     row = below_star("cifar100", "random")
-    assert row["A_below_at"] == "none"
-    assert sum(len(range(*bounds(x))) for x in row["A_below_by_slack"].split(", ")) == 11
+    assert row["A_below_at"] == "none" and row["A_below_by_slack"] == "2-12"
+    assert row["A_matches_w_t*"] == "yes, but the mean over 1-10 is below (p 0.027)"
 
 
 def test_t_star_of_a_pair_is_twice_its_t():
@@ -224,14 +198,3 @@ def test_identical_starts_match(correlation, literal):
 )
 def test_the_power_of_the_test(correlation, deficit, found):
     assert simulate(correlation, deficit)[0] == pytest.approx(found, abs=0.03)
-
-
-def test_what_a_test_can_see():
-    """At the deficit that is said to be found in 80 %, by simulation."""
-    limit = tables.limit_of(0.05, 12)
-    found = pd.Series({"df": 6.0, "standard_error": math.sqrt(2 / 4)})
-    deficit = tables.detectable(found, limit)
-    draw = np.random.default_rng(2)
-    x, y = draw.standard_normal((2, 20000, 4))
-    p = stats.ttest_ind(x - deficit, y, axis=1, alternative="less").pvalue
-    assert (p < limit).mean() == pytest.approx(0.8, abs=0.05)
