@@ -673,7 +673,8 @@ def drawn(
     `examples`."""
     kind = FIGURES[figure]
     if figure == "examples":
-        yield from ((name, picture, kind.caption) for name, picture in examples(table, **where))
+        for name, picture in examples(table, **where):
+            yield name, picture, f"{figure}, {name}. {kind.caption}\n"
         return
     for page in records.pages(table, kind.stage, paper):
         picture = Picture(page)

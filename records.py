@@ -110,7 +110,8 @@ def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
     row |= {k: s.get(k) or 0 for k in ("size", "offset", "rewind", "warmup", "easy_size")}
     row |= {k: bool(s.get(k)) for k in ("balance", "easy_balance")}
     row |= {"metric": metric_of(s, folder.parent.name, metrics), "control": s.get("control") or ""}
-    extra = [folder.parent.name.split("-rewind")[0]] if s.get("init") or s.get("indices") else []
+    own = any(s.get(k) for k in ("init", "parent", "indices"))
+    extra = [re.split(r"-(?:rewind|warmup)\d", folder.parent.name)[0]] * own
     extra += [k for k in ("mask" * bool(s.get("mask")), s.get("name")) if k]
     row |= {"extra": ", ".join(extra)}
     if "pretrain" in result:
