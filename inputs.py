@@ -489,9 +489,10 @@ def read_indices(path: Path, n: int, source: str = "") -> np.ndarray:
     return unique.astype(np.int64)
 
 
-def check_scores_file(path: Path, n: int, source: str = "") -> np.ndarray:
+def check_scores_file(path: Path, n: int) -> np.ndarray:
     """Scores (n,) of the training examples from an .npy; larger is harder, infinite is allowed."""
-    source, kind = source or str(path), kind_of(path, source or str(path))
+    source = f"--scores {path}"
+    kind = kind_of(path, source)
     scores = read_array(path, source, kind, "an .npy with a score for each example")
     whole = scores.dtype.kind in "iu" and scores.ndim == 1
     if scores.dtype.kind not in "fiu" or scores.shape != (n,):

@@ -550,18 +550,23 @@ def test_what_are_no_indices(tmp_path, value, line):
     assert str(e.value).startswith(f"--indices it{line}")
 
 
-@pytest.mark.parametrize("read", [inputs.read_indices, inputs.check_scores_file])
-def test_other_kinds_for_an_array(tmp_path, read):
+@pytest.mark.parametrize("flag", ["--indices", "--scores"])
+def test_other_kinds_for_an_array(tmp_path, flag):
+    def read(path):
+        if flag == "--scores":
+            return inputs.check_scores_file(path, 10)
+        return inputs.read_indices(path, 10, f"--indices {path}")
+
     np.savez(tmp_path / "a.npz", a=np.arange(3))
     torch.save(torch.arange(3), tmp_path / "a.pt")
     for name, kind in {"a.npz": "an .npz archive", "a.pt": "a torch.save file"}.items():
-        with pytest.raises(UserError, match=rf"--flag it is {kind}; expected an \.npy"):
-            read(tmp_path / name, 10, "--flag it")
-    with pytest.raises(UserError, match="--flag it does not exist"):
-        read(tmp_path / "nothing", 10, "--flag it")
+        with pytest.raises(UserError, match=rf"{flag} .*/{name} is {kind}; expected an \.npy"):
+            read(tmp_path / name)
+    with pytest.raises(UserError, match=f"{flag} .*/nothing does not exist"):
+        read(tmp_path / "nothing")
     whole = saved(tmp_path / "a.npy", np.arange(5)).read_bytes()
-    with pytest.raises(UserError, match=r"--flag it .*damaged"):
-        read(saved(tmp_path / "cut.npy", whole[:-3]), 10, "--flag it")
+    with pytest.raises(UserError, match=rf"{flag} .*damaged"):
+        read(saved(tmp_path / "cut.npy", whole[:-3]))
 
 
 def test_scores(tmp_path):
@@ -580,8 +585,8 @@ def test_scores(tmp_path):
         ),
     ]:
         with pytest.raises(UserError) as e:
-            inputs.check_scores_file(saved(tmp_path / "a", value), 10, "--scores it")
-        assert str(e.value).startswith(f"--scores it{line}")
+            inputs.check_scores_file(path := saved(tmp_path / "a", value), 10)
+        assert str(e.value).startswith(f"--scores {path}{line}")
 
 
 # ---- functions -----------------------------------------------------------------------------------
