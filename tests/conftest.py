@@ -2,14 +2,11 @@
 
 import os
 
-# Before torch, and inherited by what tests start: as many threads there as here, and not the AVX2
-# convolutions of oneDNN, which in torch 2.15 write out of bounds for 4 channels.
-os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and inherited by what tests start
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,35 +30,49 @@ def nothing_is_left_of_a_signal():
     assert left == (0, False), "a signal or its deferral was left behind"
 
 
+def parse(name: str, *flags):
+    """The settings of a stage, quiet and on the CPU."""
+    words = ("--data-dir", ROOT / "data", "--device", "cpu", "--quiet", *flags)
+    return __import__(name).flags().parse_args([str(word) for word in words])
+
+
+def study_of(name: str, *flags, **handed_in):
+    """What a stage works with, before anything is trained."""
+    import common
+    import options
+
+    handed_in = options.HandedIn(**handed_in)
+    study = common.prepare(parse(name, *flags), ROOT / f"{name}.py", handed_in)
+    return common.rank(study)
+
+
+def digits():
+    import torch
+
+    import common
+    import options
+
+    return common.load_data(options.Settings.complete({}), torch.device("cpu"))
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two dicts of tensors are equal to the last bit."""
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.fixture
 def stage(tmp_path):
     """Calls a stage's main as its command line would: stage("imp", "--levels", 1)."""
 
-    def call(name: str, *flags, out: Path = tmp_path / "results"):
-        module = __import__(name)
-        words = ("--out", out, "--data-dir", ROOT / "data", "--quiet", *flags)
-        return module.main(module.flags().parse_args([str(word) for word in words]))
+    def call(name: str, *flags, out: Path = tmp_path / "results", **handed_in):
+        import options
+
+        s = parse(name, "--out", out, *flags)
+        return __import__(name).main(s, options.HandedIn(**handed_in))
 
     return call
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    """A folder data set of two classes of 9x9 PNGs, made of random pixels: (path, make more)."""
-    from PIL import Image
-
-    def make(root: Path = tmp_path / "pictures", train=6, test=3, valid=2, size=(9, 9), mode="RGB"):
-        draw = np.random.default_rng(0)
-        for split, n in (("train", train), ("valid", valid), ("test", test)):
-            for c in ("cat", "dog") if n else ():
-                (root / split / c).mkdir(parents=True, exist_ok=True)
-                for k in range(n):
-                    shape = (size[1], size[0]) + ((3,) if mode == "RGB" else ())
-                    pixels = draw.integers(0, 256, shape, dtype=np.uint8)
-                    Image.fromarray(pixels, mode).save(root / split / c / f"{k}.png")
-        return root
-
-    return make
 
 
 @pytest.fixture

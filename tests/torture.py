@@ -322,7 +322,7 @@ def signals(cases: list[Case], draw: random.Random, count: int) -> str:
             if status != 128 + number:
                 raise Failed(f"{case.name}: status {status} after signal {number}")
             last = case.log.read_text().splitlines()[-1]
-            sentence = f".py: interrupted by {signal.Signals(number).name}; "
+            sentence = f".py: interrupted by {signal.Signals(number).name}"
             if sentence not in last or not last.endswith(("command resumes", "saved yet")):
                 raise Failed(f"{case.name}: after signal {number}: {last}")
             sent += 1
