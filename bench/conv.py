@@ -3,7 +3,7 @@
     python bench/conv.py                          ResNet-20, 128 images of 32x32
     python bench/conv.py --depth 8 --batch-size 64 --side 8 --channels 1        that of the digits
 
-On a card in bfloat16, exact (cuDNN's deterministic algorithms, what runs use) beside fast (chosen
+On a GPU in bfloat16, exact (cuDNN's deterministic algorithms, what runs use) beside fast (chosen
 by timing, what --fast uses), each pass 200 times in a CUDA graph; on a CPU in float32. Figures are
 the fastest of --repeats, in microseconds a call; the last lines are sums over a step.
 """
@@ -21,21 +21,23 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import engine
+import options
 import runs
 
 PASSES = ("forward", "input", "weight")  # the latter two are gradients
 WAYS = {"exact": (True, False), "fast": (False, True)}  # deterministic, chosen by timing
 
 
-def flags() -> runs.Parser:
-    parser = runs.Parser(__doc__)
+def flags() -> options.Parser:
+    parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("--depth", type=runs.positive, default=20, help="of the ResNet [20]")
-    add("--width", type=runs.positive, default=16, help="channels of its first group [16]")
-    add("--batch-size", type=runs.positive, default=128, help="images [128]")
-    add("--side", type=runs.positive, default=32, help="of an image, pixels [32]")
-    add("--channels", type=runs.positive, default=3, help="of an image [3]")
-    add("--repeats", type=runs.positive, default=5, help="timings [5]")
+    add("--depth", type=options.positive, default=20, help="of the ResNet [20]")
+    add("--width", type=options.positive, default=16, help="channels of its first group [16]")
+    add("--batch-size", type=options.positive, default=128, help="images [128]")
+    add("--side", type=options.positive, default=32, help="of an image, pixels [32]")
+    add("--channels", type=options.positive, default=3, help="of an image [3]")
+    add("--repeats", type=options.positive, default=5, help="timings [5]")
     add("--device", default="auto", help="[auto: a GPU if there is one]")
     return parser
 
@@ -59,7 +61,7 @@ def passes(args: argparse.Namespace, shape: tuple) -> dict[str, Callable[[], obj
     """The three passes of a layer on random tensors."""
     before, after, side, kernel, stride = shape
     out = -(-side // stride)
-    like = {"device": args.device, "dtype": torch.bfloat16 if on_card(args) else torch.float32}
+    like = {"device": args.device, "dtype": torch.bfloat16 if on_gpu(args) else torch.float32}
     sizes = [(args.batch_size, before, side, side), (after, before, kernel, kernel)]
     sizes += [(args.batch_size, after, out, out)]
     x, w, y = (torch.randn(*s, **like).to(memory_format=torch.channels_last) for s in sizes)
@@ -76,22 +78,22 @@ def passes(args: argparse.Namespace, shape: tuple) -> dict[str, Callable[[], obj
     }
 
 
-def on_card(args: argparse.Namespace) -> bool:
+def on_gpu(args: argparse.Namespace) -> bool:
     return args.device.type == "cuda"
 
 
 def microseconds(args: argparse.Namespace, call: Callable[[], object]) -> float:
     """Of a call, the fastest timing of many."""
-    count = 200 if on_card(args) else 20
+    count = 200 if on_gpu(args) else 20
 
     def many() -> None:
         for _ in range(count):
             call()
 
     run = many
-    if on_card(args):
+    if on_gpu(args):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with common.beside(stream):
+        with engine.on_stream(stream):
             many()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
@@ -101,7 +103,7 @@ def microseconds(args: argparse.Namespace, call: Callable[[], object]) -> float:
     for _ in range(args.repeats + 1):  # the first is warm-up
         began = time.perf_counter()
         run()
-        if on_card(args):
+        if on_gpu(args):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return 1e6 * min(times[1:]) / count
@@ -109,9 +111,9 @@ def microseconds(args: argparse.Namespace, call: Callable[[], object]) -> float:
 
 def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Prints the table; returns the sums over a step by way and pass."""
-    args.device = common.find_device(args.device)
-    ways = WAYS if on_card(args) else {"exact": WAYS["exact"]}
-    name = torch.cuda.get_device_name() if on_card(args) else platform.machine()
+    args.device = options.find_device(args.device)
+    ways = WAYS if on_gpu(args) else {"exact": WAYS["exact"]}
+    name = torch.cuda.get_device_name() if on_gpu(args) else platform.machine()
     print(f"{name}, torch {torch.__version__}, batch {args.batch_size}; microseconds a call")
     heading = "".join(f"{f'{way} {what}':>15}" for way in ways for what in PASSES)
     print(f"{'layers':>6}  {'shape':24}{heading}")

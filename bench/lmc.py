@@ -18,30 +18,37 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import engine
 import lmc
+import loading
+import options
 import runs
 
 CLASSES, CHILDREN, PASSES = 10, 3, 6
 
 
-def make_data(images: int, device: torch.device) -> common.Data:
-    seed = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (images, 32, 32, 3), generator=seed, dtype=torch.uint8).to(device)
-    labels = torch.randint(CLASSES, (images,), generator=seed).to(device)
-    scale, shift = (torch.full((3,), v, device=device) for v in (1 / 64, -2.0))
-    names = [str(c) for c in range(CLASSES)]
-    return common.Data("random", pixels, labels, pixels, labels, names, "", scale, shift)
+def make_study(images: int, batchnorm: str) -> common.Study:
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(images) % CLASSES
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    data = dict(zip(names, (pixels, labels, pixels, labels), strict=True))
+    settings = {"dataset": "random", "preset": "cifar10", "precision": "fp32"}
+    settings |= {"batchnorm": batchnorm, "rewind": (0,), "subset": "all"}
+    s = lmc.Settings.complete(settings)
+    return common.prepare(s, lmc.__file__, options.HandedIn(data=loading.as_arrays(data)))
 
 
-def make_children(args: argparse.Namespace, data: common.Data) -> common.Networks:
-    networks = common.Networks(common.make_model(args, data), CHILDREN, args.device)
+def make_children(study: common.Study) -> engine.Networks:
+    networks = study.networks(CHILDREN)
     for k in range(CHILDREN):
-        networks.load(k, common.fresh_state(args, data, k))
+        networks.load(k, study.initial_state_dict(k))
     return networks
 
 
@@ -71,27 +78,25 @@ def main() -> None:
     args = parser.parse_args()
     runs.keep_freed_memory()  # as the stages do
     torch.set_num_threads(args.threads)
-    args.device = common.find_device("auto")
-    args.depth, args.width, args.alphas, args.seed, args.batch_size = 20, 16, 1, 0, 128
-    data = make_data(args.images, args.device)
-    children = make_children(args, data)
+    study = make_study(args.images, args.batchnorm)
+    device, data, children = study.device, study.data, make_children(study)
     states = [children.state(r) for r in range(children.rows)]
-    ready = make_children(args, data).modules + make_children(args, data).modules
+    ready = make_children(study).modules + make_children(study).modules
     for module in ready:
         module.eval()
-    size = common.evaluated_at_once(args.device)
+    size = engine.eval_batch_size(device)
     with torch.inference_mode():
-        batches = [common.normalise(data, x) for x in data.train_images.split(size)]
+        batches = [engine.normalise(data, x) for x in data.train_images.split(size)]
     forward(ready, batches[:1])
-    lmc.measure(args, make_data(1000, args.device), states)
+    lmc.measure(make_study(1000, args.batchnorm), states)
     ours, bare = [], []
     for _ in range(args.rounds):
-        ours.append(clock(lambda: lmc.measure(args, data, states), args.device))
-        bare.append(clock(lambda: forward(ready[:PASSES], batches), args.device))
+        ours.append(clock(lambda: lmc.measure(study, states), device))
+        bare.append(clock(lambda: forward(ready[:PASSES], batches), device))
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
-    cuda = args.device.type == "cuda"
+    cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {args.threads} threads"
-    fused = "with csrc" if common.are_compiled() else "without csrc"
+    fused = "with csrc" if engine.are_compiled() else "without csrc"
     print(f"{name}, torch {torch.__version__}, {fused}, {args.images} images, n = {args.rounds}")
     print("                        seconds (fastest)")
     print(f"lmc.measure, {args.batchnorm:10} {min(ours):8.3f}")

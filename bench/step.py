@@ -1,12 +1,12 @@
 """Network-steps per second of the training step, alternatives side by side in one run.
 
     python bench/step.py                               ResNet-20, 128 random images of 32x32
-    python bench/step.py --dataset FOLDER --rows 1,2,4,10 --steps 500 --out bench/step.json
+    python bench/step.py --dataset FOLDER --rows 1,2,4,10 --count 500 --json step.json
 
 loader    what one writes first, and what the paper's time ran: torchvision transforms in a
           DataLoader, torch.optim.SGD, the mask multiplied in (autocast to bfloat16 on a GPU)
 resident  the same loop with data and augmentation on the device
-then the engines of common.py, with BatchNorm by torch (plain) or fused, and several rows; on a GPU
+then the engines of engine.py, with BatchNorm by torch (plain) or fused, and several rows; on a GPU
 the graph also as --fast has it (fast), beside the exact one. Each
 figure is the median of --repeats timings, taken in turns so that what else the machine does falls
 on all alike; warm-up is apart. The user's loops run in processes of their own, without what the
@@ -18,7 +18,8 @@ the part outside forward and backward; on a GPU memory, how busy the host is, an
 evaluate 50,000 images.
 """
 
-import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -34,37 +35,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import engine
+import loading
+import options
 import runs as files
+from common import Study
 
 
-def flags() -> files.Parser:
-    parser = common.flags(__doc__)
-    parser.set_defaults(dataset="random", out=None, batch_size=128, depth=20, width=16)
-    parser.add_argument("--classes", type=files.positive, default=10, help="of random images [10]")
-    parser.add_argument("--rows", type=files.numbers, default=(1, 4), help="networks [1,4]")
-    parser.add_argument("--repeats", type=files.positive, default=5, help="timings [5]")
-    ways = "comma-separated part of loader,resident,plain,eager,graph,fast [all]"
-    parser.add_argument("--only", default="", help=ways)
-    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(options.Settings):
+    """What is measured: the data set "random" is 10,000 random images of CIFAR's shape."""
+
+    classes: int = options.option("classes of random images", 10, options.positive)
+    rows: tuple[int, ...] = options.option("networks side by side", (1, 4), options.numbers)
+    repeats: int = options.option("timings", 5, options.positive)
+    count: int = options.option("steps in a timing; 0: 128 on a GPU, else 8", 0, options.count)
+    only: str = options.option("part of loader,resident,plain,eager,graph,fast", "", str)
+    json: str = options.option("a file for all that was measured", "", str)
+    serve: str = options.option("for the process of a user's loop: its name", "", str)
+
+    @classmethod
+    def complete(cls, given: dict) -> "Settings":
+        return super().complete({"dataset": "random", "preset": "cifar10"} | given)
 
 
-def random_data(classes: int, device: torch.device) -> common.Data:
-    draw = np.random.default_rng(0)
-    images = torch.from_numpy(draw.integers(0, 256, (10000, 32, 32, 3), dtype=np.uint8)).to(device)
-    labels = torch.from_numpy(draw.integers(0, classes, 10000)).to(device)
-    scaling = (torch.full((3,), v, device=device) for v in (1 / 64, -2.0))
-    names = [str(c) for c in range(classes)]
-    return common.Data("random", images, labels, images, labels, names, "", *scaling)
+def flags() -> options.SettingsParser:
+    return options.SettingsParser(Settings, __doc__)
+
+
+def make_study(s: Settings) -> Study:
+    handed_in = options.NOTHING
+    if s.dataset == "random":
+        draw = np.random.default_rng(0)
+        images = draw.integers(0, 256, (10000, 32, 32, 3), dtype=np.uint8)
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        labels = np.arange(10000) % s.classes
+        arrays = dict(zip(names, (images, labels, images, labels), strict=True))
+        handed_in = options.HandedIn(data=loading.as_arrays(arrays))
+    study = common.prepare(s, __file__, handed_in)
+    return study.replace(count=s.count or (128 if study.device.type == "cuda" else 8))
 
 
 class Plain:
     """A user's own loop: the model, its masks, torch.optim.SGD."""
 
-    def __init__(self, args: argparse.Namespace, data: common.Data):
-        self.args, self.data = args, data
-        self.model = common.make_model(args, data).to(args.device)
-        self.model.load_state_dict(common.fresh_state(args, data, 0))
+    def __init__(self, study: Study):
+        self.model = study.model.build().to(study.device)
+        self.model.load_state_dict(study.initial_state_dict(0))
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, 0.9, weight_decay=1e-4)
         weights = [p for p in self.model.parameters() if p.dim() > 1]
         self.masks = [(p, (torch.rand_like(p) < 0.5).float()) for p in weights]
@@ -81,7 +98,7 @@ class Plain:
 
 
 class Pictures(torch.utils.data.Dataset):
-    def __init__(self, data: common.Data):
+    def __init__(self, data: engine.Data):
         import torchvision.transforms as T
         from PIL import Image
 
@@ -98,12 +115,12 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(self.images[i]), self.labels[i]
 
 
-def loader(args: argparse.Namespace, data: common.Data):
-    plain = Plain(args, data)
+def loader(study: Study):
+    plain, device = Plain(study), study.device
     cores = len(os.sched_getaffinity(0))
     batches = torch.utils.data.DataLoader(
-        Pictures(data), args.batch_size, shuffle=True, drop_last=True, persistent_workers=True,
-        num_workers=min(cores, 8), pin_memory=args.device.type == "cuda",
+        Pictures(study.data), study.settings.batch_size, shuffle=True, drop_last=True,
+        persistent_workers=True, num_workers=min(cores, 8), pin_memory=device.type == "cuda",
     )  # fmt: skip
 
     def endless():
@@ -114,20 +131,21 @@ def loader(args: argparse.Namespace, data: common.Data):
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            x, y = (v.to(args.device, non_blocking=True) for v in next(source))
+            x, y = (v.to(device, non_blocking=True) for v in next(source))
             plain.step(x, y)
 
     return run
 
 
-def resident(args: argparse.Namespace, data: common.Data):
-    plain, crop = Plain(args, data), (args.batch_size, args.pad, args.flip, args.device)
+def resident(study: Study):
+    plain, s, data, device = Plain(study), study.settings, study.data, study.device
+    crop = (s.batch_size, s.pad, s.flip, device)
 
     def run(steps: int) -> None:
-        for s in range(steps):
-            i = torch.randint(len(data.train_labels), (args.batch_size,), device=args.device)
-            [crops] = common.draw_crops((1, 2), s, s + 1, *crop)
-            x = common.augment.definition(data.train_images, i, crops, data.scale, data.shift)
+        for step in range(steps):
+            i = torch.randint(len(data.train_labels), (s.batch_size,), device=device)
+            [crops] = engine.draw_crops((1, 2), step, step + 1, *crop)
+            x = engine.augment.definition(data.train_images, i, crops, data.scale, data.shift)
             plain.step(x.contiguous(), data.train_labels[i])
 
     return run
@@ -136,11 +154,11 @@ def resident(args: argparse.Namespace, data: common.Data):
 LOOPS = {"loader": loader, "resident": resident}
 
 
-def serve(args: argparse.Namespace, data: common.Data) -> None:
+def serve(study: Study) -> None:
     """The child of `apart`: for every number of steps on stdin, the seconds of each on stdout."""
-    run = LOOPS[args.serve](args, data)
+    run = LOOPS[study.settings.serve](study)
     for line in sys.stdin:
-        print(seconds(run, int(line), args.device), flush=True)
+        print(seconds(run, int(line), study.device), flush=True)
 
 
 def apart(name: str):
@@ -155,31 +173,34 @@ def apart(name: str):
     return run
 
 
-def engine(args: argparse.Namespace, data: common.Data, name: str, rows: int):
-    """Steps of common.train under an engine; one training goes on through all timings."""
-    kind, fast = "graph" if name in ("graph", "fast") else "eager", name == "fast"
-    args = argparse.Namespace(**{**vars(args), "engine": kind})
+def ours(study: Study, name: str, rows: int):
+    """Steps of engine.train; one training goes on through all timings."""
+    fast = name == "fast"
+    study = study.replace(engine="graph" if name in ("graph", "fast") else "eager")
     numerics = {"enabled": True, "benchmark": fast, "deterministic": not fast}
-    numerics["allow_tf32"] = fast or args.precision == "bf16"
-    networks = common.Networks(common.make_model(args, data), rows, args.device)
+    numerics["allow_tf32"] = fast or study.settings.precision == "bf16"
+    networks = study.networks(rows)
     for r in range(rows):
-        networks.load(r, common.fresh_state(args, data, r))
-        networks.mask[r] = torch.rand(networks.mask.shape[1], device=args.device) < 0.5
-    streams = [common.make_stream(args, data, r) for r in range(rows)]
-    reports = frozenset(range(0, 10**5, args.steps)) | {WARM}
-    constant = common.step_schedule(0.1, ())
-    t = common.Training(args, data, networks, streams, 0, 10**5, constant, reports)
-    steps, done = common.train(t), 0
+        networks.load(r, study.initial_state_dict(r))
+        networks.mask[r] = torch.rand(networks.mask.shape[1], device=study.device) < 0.5
+    streams = [study.stream(r) for r in range(rows)]
+    reports = frozenset(range(0, 10**5, study.settings.count)) | {WARM}
+    t = study.training(networks, streams, 0, 10**5, engine.step_schedule(0.1, ()), reports)
+    steps, done = engine.train(t), 0
+
+    @contextlib.contextmanager
+    def batch_norm():
+        fused = common.batch_norm_relu
+        common.batch_norm_relu = fused.definition if name == "plain" else fused
+        yield
+        common.batch_norm_relu = fused
 
     def run(count: int) -> int:
         nonlocal done
         first = done
-        fused = common.batch_norm_relu
-        common.batch_norm_relu = fused.definition if name == "plain" else fused
-        with torch.backends.cudnn.flags(**numerics):
+        with batch_norm(), torch.backends.cudnn.flags(**numerics):
             while done < first + count:
                 done = next(steps)
-        common.batch_norm_relu = fused
         return done - first
 
     return run
@@ -203,42 +224,43 @@ def kernels(run, steps: int, count: int = 12) -> dict[str, float]:
     return {k: times[k] / sum(times.values()) for k in first}
 
 
-def on_card(args: argparse.Namespace, data: common.Data, runs: dict) -> dict:
+def on_gpu(study: Study, runs: dict) -> dict:
     """Measured on a GPU only: the host's part of the time, memory, evaluation of 50,000 images by
     four networks."""
     run = runs[max(runs, key=lambda name: name.startswith("graph x1"))]
     began, busy = time.perf_counter(), time.process_time()
     torch.cuda.reset_peak_memory_stats()  # what the ways side by side hold, and no more
-    seconds(run, args.steps, args.device)
+    seconds(run, study.settings.count, study.device)
     busy = (time.process_time() - busy) / (time.perf_counter() - began)
-    networks = common.Networks(common.make_model(args, data), 4, args.device)
+    networks, device = study.networks(4), study.device
     draw = np.random.default_rng(1)
     images = torch.from_numpy(draw.integers(0, 256, (50000, 32, 32, 3), dtype=np.uint8))
-    examples = images.to(args.device), torch.zeros(50000, dtype=torch.int64, device=args.device)
+    examples = images.to(device), torch.zeros(50000, dtype=torch.int64, device=device)
 
     def evaluate(_: int) -> None:
-        common.evaluate(networks, data, *examples)
+        engine.evaluate(networks, study.data, *examples)
 
-    times = [seconds(evaluate, 1, args.device) for _ in range(5)]
+    times = [seconds(evaluate, 1, device) for _ in range(5)]
     memory = torch.cuda.max_memory_allocated() / 1e9
     evaluation = {"evaluate_50000_by_4_seconds": statistics.median(times)}
     return {"host_busy": busy, **evaluation, "memory_gb": memory}
 
 
-def matrix_rate(args: argparse.Namespace) -> float:
+def matrix_rate(s: Settings) -> float:
     """FLOP/s of a large matrix product in the precision of the step."""
-    n = 8192 if args.device.type == "cuda" else 3072
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    a, b = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
-    times = [seconds(lambda _: a @ b, 1, args.device) for _ in range(8)]
+    device = torch.device(s.device)
+    n = 8192 if device.type == "cuda" else 3072
+    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = [seconds(lambda _: a @ b, 1, device) for _ in range(8)]
     return 2 * n**3 / statistics.median(times[3:])
 
 
-def copy_rate(args: argparse.Namespace) -> float:
+def copy_rate(device: torch.device) -> float:
     """Bytes read and written per second by a large copy."""
-    a = torch.randn((1 << 29) if args.device.type == "cuda" else (1 << 26), device=args.device)
+    a = torch.randn((1 << 29) if device.type == "cuda" else (1 << 26), device=device)
     b = torch.empty_like(a)
-    times = [seconds(lambda _: b.copy_(a), 1, args.device) for _ in range(8)]
+    times = [seconds(lambda _: b.copy_(a), 1, device) for _ in range(8)]
     return 8 * a.numel() / statistics.median(times[3:])
 
 
@@ -261,18 +283,19 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def work(args: argparse.Namespace, data: common.Data) -> tuple[float, int]:
+def work(study: Study) -> tuple[float, int]:
     """FLOP of a network-step (three times those of a forward pass), and its bytes (`Traffic`)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    networks = common.Networks(common.make_model(args, data), 1, args.device)
-    [module] = networks.lowered() if args.precision == "bf16" else networks.modules
-    x = common.normalise(data, data.train_images[: args.batch_size])
-    x = x.bfloat16() if args.precision == "bf16" else x
+    data, bf16 = study.data, study.settings.precision == "bf16"
+    networks, size = study.networks(1), study.settings.batch_size
+    [module] = networks.bf16_modules() if bf16 else networks.modules
+    x = engine.normalise(data, data.train_images[:size])
+    x = x.bfloat16() if bf16 else x
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(x)
     with Traffic() as traffic:
-        loss = F.cross_entropy(module(x).float(), data.train_labels[: args.batch_size])
+        loss = F.cross_entropy(module(x).float(), data.train_labels[:size])
         torch.autograd.grad(loss, list(module.parameters()))
     return 3.0 * counter.get_total_flops(), traffic.bytes
 
@@ -289,40 +312,32 @@ def seconds(run, steps: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / (taken if isinstance(taken, int) else steps)
 
 
-def main(args: argparse.Namespace) -> dict | None:
-    args.device = common.find_device(args.device)
-    cuda = args.device.type == "cuda"
-    args.steps = args.steps or (128 if cuda else 8)
-    common.choose_engine(args)
-    args.momentum, args.weight_decay, args.pad, args.flip, args.seed = 0.9, 1e-4, 4, True, 0
-    random = args.dataset == "random"
-    data = (
-        random_data(args.classes, args.device)
-        if random
-        else common.load_data(args.dataset, args.data_dir, args.device)
-    )
-    if args.serve:
-        return serve(args, data)
+def main(s: Settings) -> dict | None:
+    study = make_study(s)
+    s, device = study.settings, study.device
+    cuda = device.type == "cuda"
+    if s.serve:
+        return serve(study)
     ways = dict(LOOPS)
     for name in ("plain", "eager", *(["graph", "fast"] if cuda else [])):
-        for rows in args.rows:
+        for rows in s.rows:
             ways[f"{name} x{rows}"] = (name, rows)
-    chosen = args.only.split(",") if args.only else [k.split()[0] for k in ways]
+    chosen = s.only.split(",") if s.only else [k.split()[0] for k in ways]
     runs, timings, starts = {}, {}, {}
     for name, way in ways.items():
         if name.split()[0] in chosen:
             began = time.perf_counter()
-            runs[name] = apart(name) if name in LOOPS else engine(args, data, *way)
-            seconds(runs[name], WARM if cuda else 2, args.device)
+            runs[name] = apart(name) if name in LOOPS else ours(study, *way)
+            seconds(runs[name], WARM if cuda else 2, device)
             starts[name], timings[name] = time.perf_counter() - began, []
             print(f"{name}: warm in {starts[name]:.1f} s", file=sys.stderr)
-    for _ in range(args.repeats):  # in turns
+    for _ in range(s.repeats):  # in turns
         for name, run in runs.items():
-            timings[name].append(seconds(run, args.steps, args.device))
+            timings[name].append(seconds(run, s.count, device))
             line = f"{name}: {1e3 * timings[name][-1]:.2f} ms a step"
             print(line, file=sys.stderr, flush=True)
-    matrix, copy = matrix_rate(args), copy_rate(args)
-    flop, moved = work(args, data)
+    matrix, copy = matrix_rate(s), copy_rate(device)
+    flop, moved = work(study)
     ceiling = max(flop / matrix, moved / copy)
     table = {}
     for name, taken in timings.items():
@@ -338,7 +353,7 @@ def main(args: argparse.Namespace) -> dict | None:
         line = f"{row['ms']:8.2f}  {rate:15.1f}  {rate / base:6.2f}  {row['of_ceiling']:10.1%}"
         print(f"{name:22}{line}  {row['seconds_to_start']:10.1f}")
     fastest = max(table, key=lambda name: (table[name]["rows"] == 1, -table[name]["ms"]))
-    parts = kernels(runs[fastest], args.steps)
+    parts = kernels(runs[fastest], s.count)
     print(f"where a step of {fastest} spends its time:")
     for name, part in parts.items():
         print(f"{part:7.1%}  {name}")
@@ -347,20 +362,20 @@ def main(args: argparse.Namespace) -> dict | None:
         if cuda
         else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "network": f"ResNet-{args.depth}, width {args.width}, batch {args.batch_size}, {data.name}",
-        "precision": args.precision,
+        "network": f"{study.model.name}, batch {s.batch_size}, {study.data.name}",
+        "precision": s.precision,
         "gflop_per_step": flop / 1e9,
         "gb_moved_per_step": moved / 1e9,
         "matrix_tflops": matrix / 1e12,
         "copy_gb_per_second": copy / 1e9,
-        **(on_card(args, data, runs) if cuda else {}),
+        **(on_gpu(study, runs) if cuda else {}),
         "table": table,
         "kernels": parts,
     }
     rest = {k: v for k, v in measured.items() if k not in ("table", "kernels")}
     print(json.dumps(rest, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(measured, indent=1) + "\n")
+    if s.json:
+        Path(s.json).write_text(json.dumps(measured, indent=1) + "\n")
     return measured
 
 
