@@ -617,11 +617,11 @@ def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHIN
     code = options.code_identity(Path(stage).resolve())
     study = Study(s, data, model, code, about, on_log=handed_in.on_log)
     if getattr(s, "indices", None):
-        indices = optional("inputs").read_indices(s.indices, len(data.train_labels), "--indices")
+        flag, n = f"--indices {s.indices}", len(data.train_labels)
+        indices = optional("inputs").read_indices(s.indices, n, flag)
         study = dataclasses.replace(study, indices=indices)
         if len(indices) < s.batch_size:
-            problem = f"{len(indices)}, fewer than a batch (--batch-size {s.batch_size})"
-            raise UserError(f"--indices {s.indices}: {problem}")
+            raise UserError(f"{flag}: {len(indices)}, fewer than a batch (--batch-size {s.batch_size})")
     return study
 
 
@@ -781,7 +781,7 @@ def step_of(path: Path, replicate: int) -> int:
 def read_mask(path: Path, networks: Networks) -> dict[str, Tensor]:
     """The masks by layer of --mask."""
     shapes = {name: view.shape for name, view in networks.layers.items()}
-    return optional("inputs").read_mask(path, shapes, "--mask")
+    return optional("inputs").read_mask(path, shapes, f"--mask {path}")
 
 
 def read_network(study: Study, file: Path, source: str) -> Any:

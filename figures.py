@@ -762,7 +762,10 @@ def main(args: argparse.Namespace) -> Any:
     only = {Path(d).stem for d in args.dataset or ()}
     table, rule = frame(outs, only), tables.Rule(args.levels, args.slack, args.error)
     if not len(table):
-        runs.warn(f"{outs[0]} holds no runs" + f" of {', '.join(sorted(only))}" * bool(only))
+        found = f"{outs[0]} holds no runs" + f" of {', '.join(sorted(only))}" * bool(only)
+        if args.compare:
+            raise runs.UserError(found)
+        runs.warn(found)
     if args.compare:
         return tables.print_comparisons(table, args.compare, rule)
     folder = args.figures or outs[0] / "figures"

@@ -400,7 +400,7 @@ def masks_misfit(found: dict[str, Tensor], shapes: dict[str, torch.Size]) -> str
         return f"has no mask for {listed(lacking)}"
     for name, mask in found.items():
         if problem := mask_problem(mask, shapes.get(name)):
-            return f"{name} {problem}"
+            return f"has a tensor for {name} that {problem}"
         if name not in shapes and not mask.bool().all():
             return f"has a mask for {name}, which is not prunable"
     return ""

@@ -474,11 +474,11 @@ def test_what_is_no_mask(tmp_path):
         ({k: m for k, m in MASKS.items() if k != "head"}, "has no mask for head"),
         (
             MASKS | {"head": MASKS["head"] * 0.5},
-            "head is not a mask: it has values other than 0 and 1",
+            "has a tensor for head that is not a mask: it has values other than 0 and 1",
         ),
-        (MASKS | {"head": MASKS["head"].T}, "head is (2, 4), its weight (4, 2)"),
+        (MASKS | {"head": MASKS["head"].T}, "has a tensor for head that is (2, 4), its weight (4, 2)"),
         (MASKS | {"head": MASKS["head"] * 0}, "prunes every weight of head"),
-        (STATE, "features.0 is not a mask: it has values other than 0 and 1"),
+        (STATE, "has a tensor for features.0 that is not a mask: it has values other than 0 and 1"),
         ({"conv": torch.ones(3)}, "has no mask of this network: it has conv, not features.0"),
         (
             {"mask": MASKS, "old_mask": {k: ~m for k, m in MASKS.items()}},

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import conftest  # before torch
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,8 @@ import runs
 from runs import UserError
 
 N = 1437  # training images of the embedded digits
+DATA = conftest.ROOT / "data"
+BEGUN = conftest.ROOT / "tests/runs/format2/begun"  # a folder of results
 
 
 class Hostile:
@@ -32,77 +35,42 @@ class Hostile:
 def files(tmp_path_factory):
     """A folder of files that do not fit, each for a reason that its name tells."""
     place = tmp_path_factory.mktemp("files")
-    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
+    data = conftest.digits()
     model = common.ResNet(8, 16, 1, 10).state_dict()
     start = {"model": model, "step": 20, "data": data.fingerprint, "diverged": -1}
     start |= {"test_accuracy": 0.1, "seconds": 1.0}
     for name, changes in {
         "good": {},
         "other-data": {"data": "of-cifar10"},
-        "headless": {"model": {k: v for k, v in model.items() if k != "head.bias"}},
         "other-width": {"model": common.ResNet(8, 8, 1, 10).state_dict()},
         "diverged": {"diverged": 7},
         "long": {"step": 600},
-        "empty-model": {"model": {}},
     }.items():
         runs.write_tensors(place / f"{name}.pt", start | changes)
-    runs.write_tensors(place / "level00.pt", {"model": model, "mask": {}})
     good = (place / "good.pt").read_bytes()
-    content = {"cut": good[: len(good) // 2], "empty": b""}
-    content["flipped"] = good[:9000] + bytes([good[9000] ^ 1]) + good[9001:]
-    for name, damaged in content.items():
-        (place / f"{name}.pt").write_bytes(damaged)
-    huge = {"weights": torch.zeros(1).expand(10**12), "format": 2, "sha256": ""}
-    for name, value in {
-        "hostile": {"weights": Hostile()},
-        "foreign": {"state_dict": model, "step": "some", "diverged": torch.ones(2)},
-        "list": [1, 2],
-        "numbered": {1: torch.ones(3)},
-        "huge": huge,
-        "older": {**start, "version": 1, "sha256": "0"},
-        "newer": {**start, "format": 99, "sha256": "0"},
-    }.items():
-        torch.save(value, place / f"{name}.pt")
+    (place / "cut.pt").write_bytes(good[: len(good) // 2])
+    torch.save({"weights": Hostile()}, place / "hostile.pt")
+    torch.save(model, place / "foreign.pt")
     for folder in ("folder", "no-images/train/cat"):
         (place / folder).mkdir(parents=True)
     (place / "text.txt").write_text("hello")
+    (place / "few.txt").write_text("3\n1\n")
+    (place / "model.py").write_text("def small(channels, classes):\n    return 3\n")
     os.mkfifo(place / "pipe")
 
-    good = np.linspace(0, 1, N).astype(np.float32)
-    same = ("good", "others-labels", "others-data", "altered", "of-newer", "json-damaged")
-    for name, scores in {
-        **dict.fromkeys((*same, "json-foreign"), good),
-        "short": good[:-1],
-        "square": good[None],
-        "nan": np.where(good == good[7], np.nan, good),
-        "bool": good > 0.5,
-        "text": good.astype(str),
-        "complex": good.astype(complex),
-    }.items():
-        np.save(place / f"{name}.npy", scores)
+    scores = np.linspace(0, 1, N).astype(np.float32)
     about = {"metric": "el2n", "label_noise": [0.0, 0], "data": data.fingerprint}
-    about["sha256_of_scores"] = runs.fingerprint(good)
+    about["sha256_of_scores"] = runs.fingerprint(scores)
     for name, changes in {
         "others-labels": {"label_noise": [0.1, 0]},
         "others-data": {"data": "of-cifar10"},
         "altered": {"sha256_of_scores": "0" * 16},
         "of-newer": {"format": 99},
     }.items():
+        np.save(place / f"{name}.npy", scores)
         runs.write_json(place / f"{name}.json", about | changes)
-    runs.write_json(place / "json-foreign.json", {"levels": []})
-    (place / "json-damaged.json").write_text((place / "altered.json").read_text()[:-9] + "}")
+    np.save(place / "short.npy", scores[:-1])
     np.save(place / "hostile.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
-    np.savez(place / "archive.npz", scores=good)
-    (place / "archive.npz").rename(place / "archive.npy")
-    content = (place / "good.npy").read_bytes()
-    lie = b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999999,), }"
-    for name, damaged in {
-        "cut": content[: len(content) // 2],
-        "header": content[:80],
-        "lying": b"\x93NUMPY\x01\x00" + len(lie).to_bytes(2, "little") + lie,
-        "no-text": b"\x93NUMPY\x01\x00\x10\x00" + b"\xff" * 16,
-    }.items():
-        (place / f"{name}.npy").write_bytes(damaged)
     return place
 
 
@@ -126,6 +94,7 @@ imp --replicate 2-1 x '' 0,0 0-99999999999
 imp --seed -1 4294967296
 imp --prune-fraction 1 0
 imp --levels many -1 1000000000
+imp --resize 4097
 imp --control shuffled
 imp --engine warp compiled
 imp --precision fp8
@@ -135,7 +104,7 @@ el2n --score-step 0
 el2n --metric margin
 pretrain --track speed ''
 pretrain --every 0
-pretrain --easy-size 0
+pretrain --easy-size -1
 lmc --alphas 0
 lmc --children 1 65
 lmc --batchnorm forget
@@ -147,129 +116,126 @@ warmup --sharpness-sample 1
 figures --levels last
 figures --paper mnist
 """  # stage, flag, values that argparse refuses
-NO_NPY = ("hostile", "archive", "cut", "header", "lying", "no-text")
 WRITTEN = {  # stage -> words -> what the line says
     "imp": {
         "--size 5000": "--size 5000: digits has 1437 training images",
-        "--size 63": "--size 63: smaller than a batch",
+        "--size 63": r"--size 63: fewer than a batch \(--batch-size 64\)",
         "--size 1400 --subset hard --offset 38": "--size 1400 from --offset 38: digits has 1437",
         "--subset all --size 64": "--size goes with --subset random, easy or hard",
         "--subset random --offset 5": "--offset goes with --subset easy or hard",
-        "--subset all --offset 5": "--offset goes with --subset easy or hard",
-        "--subset random --balance": "--balance goes with --subset easy or hard",
+        "--subset all --balance": "--balance goes with --subset easy or hard",
+        "--subset random --networks 3": "--networks goes with --subset easy or hard",
+        "--subset random --scores short.npy": "--scores goes with --subset easy or hard",
+        "--indices few.txt --size 2": "--indices is the subset: leave out --size",
+        "--indices few.txt": "--indices few.txt: 2, fewer than a batch",
+        "--indices text.txt": "--indices text.txt: line 1 is 'hello', not an integer",
         "--rewind 600": r"--rewind 600: not before the end of training \(--steps 600\)",
         "--width 1025": "'1025' is not a whole number at least 1 and at most 1024",
         "--depth 2": "--depth 2: a ResNet has 8",
         "--replicate 65536": "--replicate 65536: at most 65535",
+        "--name a/b": "--name a/b: letters, digits and",
         "--device abacus": "--device abacus: ",
         "--device meta": "--device meta: ",
         "--device ''": "--device : ",
         "--engine graph --device cpu": "--engine graph needs a CUDA device, not cpu",
-        "--s 5": "ambiguous option: --s could match",
-        "go": "unrecognized arguments: go",
+        "go": "unknown: go",
         "--fresh=yes": "argument --fresh: ignored explicit argument 'yes'",
-        "--dataset 'mnist\nor so'": "--dataset mnist or so: neither",
-        "--dataset text.txt": "--dataset text.txt: neither digits, .* nor a folder",
-        "--dataset folder": "--dataset folder: no images in folder/train/CLASS/",
-        "--dataset no-images": "no images in no-images/train/CLASS/",
+        "--levles 3": r"unknown: --levles \(did you mean --levels\?\)",
+        "--prune_fraction=0.1": r"unknown: --prune_fraction=0.1 \(did you mean --prune-fraction",
+        "--s 5": "unknown: --s",  # no abbreviations
+        "--lev 3": r"unknown: --lev \(did you mean --levels\?\)",
+        "--dataset 'mnist\nor so'": "--dataset mnist.*or so: none of digits, ",
+        "--dataset cifra10": r"--dataset cifra10: none of .* \(did you mean cifar10\?\)",
+        "--dataset text.txt": "--dataset text.txt: none of digits, .* no folder of images and no",
+        "--dataset folder": "no images in train/CLASS/",
+        "--dataset no-images": "no images in train/CLASS/",
         "--data-dir text.txt --dataset cifar10": "cannot get cifar10 .*text.txt",
-        "--out text.txt/x": "--out text.txt/x: Not a directory",
-        # w_tr
-        "--init nothing.pt": "nothing.pt does not exist",
-        "--init folder": "folder/rep0/pretrained.pt does not exist",
-        "--init pipe": "pipe is no file",
-        "--init good.pt --subset easy": "--init brings its own pre-training",
-        "--init good.pt --label-noise 0.1": "--init brings its own pre-training",
-        "--init good.pt --rewind 9": "--rewind 9: good.pt was trained for 20 steps",
-        "--init good.pt --depth 14": "--init good.pt: blocks.1.conv1.weight has shape",
-        "--init good.pt --steps 20": "trained to step 20 of --steps 20",
+        "--out text.txt/x": "text.txt/x.*: Not a directory",
+        # the network
+        "--model model.py:small --depth 8": "--depth belongs to the ResNet: leave it out with --mo",
+        "--model model.py": "--model model.py: expected FILE.py:FUNCTION",
+        "--model model.py:smal": "--model model.py:smal: .*small",
+        "--model model.py:small": "--model model.py:small: ",
+        # w_tr and masks
+        "--init nothing.pt": "--init nothing.pt does not exist",
+        "--init folder": "--init folder/rep0/pretrained.pt does not exist",
+        "--init pipe": "--init pipe is not a regular file",
+        "--init text.txt": "--init text.txt is a text file",
+        "--init good.pt --subset easy": "--init brings its own pre-training: leave out --subset",
+        "--init good.pt --label-noise 0.1": "--init brings its own pre-training: leave out --label",
+        "--init good.pt --rewind 9": "--init good.pt: trained for 20 steps, not --rewind 9",
+        "--init good.pt --depth 14": "--init good.pt: .*: give --depth 8",
+        "--init good.pt --steps 20": "good.pt: trained to step 20 of --steps 20",
         "--init other-data.pt": "--init other-data.pt: made from other data than digits",
-        "--init headless.pt": "head.bias is missing: another network, or --depth, --width",
-        "--init other-width.pt": r"stem.0.weight has shape \(8, 1, 3, 3\), this network's \(16, 1",
+        "--init other-width.pt": "--init other-width.pt: .*: give --width 8",
         "--init diverged.pt": "--init diverged.pt: diverged at step 7",
         "--init long.pt": "long.pt: trained to step 600 of --steps 600",
-        "--init level00.pt": "--init level00.pt: give --rewind, the step it was trained to",
         "--init foreign.pt": "--init foreign.pt: give --rewind, the step it was trained to",
-        "--init empty-model.pt": "empty-model.pt holds no network",
-        "--init list.pt": "list.pt holds no network",
-        "--init numbered.pt": "numbered.pt holds no network",
-        "--init good.npy": "good.npy is damaged or not one of ours",
-        **{f"--init {x}.pt": f"{x}.pt is damaged" for x in ("cut", "flipped", "empty", "hostile")},
-        "--init huge.pt": r"huge.pt is damaged \(its checksum differs\)",
-        "--init newer.pt": r"newer.pt was written by a newer version.* \(format 99, this reads 2\)",
-        "--init older.pt": r"older.pt was written by an older version.* \(format 1, this reads 2\)",
+        "--init cut.pt": "--init cut.pt is damaged",
+        "--init hostile.pt": "--init hostile.pt contains pickled objects .* run code when loaded",
+        "--init good.pt --mask good.pt": "--mask good.pt has a tensor for stem.0 that is not a mask",
+        "--mask good.pt --control shuffle": "--control makes masks of its own: leave out --mask",
+        "--verify folder": "--verify folder: no config.json there",
         # scores
         "--scores nothing.npy": "--scores nothing.npy does not exist",
-        **{f"--scores {x}": f"--scores {x} is no file" for x in ("folder", "pipe")},
-        **{
-            f"--scores {x}": f"--scores {x} is not an .npy, or damaged"
-            for x in ("text.txt", "hostile.pt", *(f"{y}.npy" for y in NO_NPY))
-        },
-        "--scores short.npy": r"float32 \(1436,\), but digits has 1437 training images",
-        "--scores square.npy": r"float32 \(1, 1437\), but digits has 1437 training",
-        "--scores nan.npy": r"nan.npy: example 7 has no score \(NaN\)",
-        "--scores bool.npy": r"bool.npy: bool \(1437,\)",
-        "--scores text.npy": r"text.npy: <U\d+ \(1437,\)",
-        "--scores complex.npy": "complex.npy: complex128",
+        "--scores folder": "--scores folder is a folder",
+        "--scores hostile.npy": "--scores hostile.npy is not an .npy, or damaged",
+        "--scores short.npy": r"float32 \(1436,\), expected one score for each of 1437 examples",
         "--scores altered.npy": "altered.npy: damaged, its checksum in altered.json",
         "--scores others-data.npy": "made from other data than digits",
         "--scores others-labels.npy": "made under other labels",
-        "--scores json-damaged.npy": "json-damaged.json cannot be read|is damaged",
-        "--scores json-foreign.npy": "json-foreign.json is another file, without metric",
         "--scores of-newer.npy": "of-newer.json was written by a newer version",
     },
     "el2n": {
-        "--replicate 0": "unrecognized arguments: --replicate 0",
-        "--size 64": "unrecognized arguments: --size 64",
+        "--replicate 0": "unknown: --replicate",
+        "--size 64": "unknown: --size",
     },
     "pretrain": {
-        "--rewind 0": "--rewind 0: there is nothing to pre-train",
-        "--levels 3": "unrecognized arguments: --levels 3",
-        "--scores hostile.npy": "--scores hostile.npy is not an .npy",
+        "--rewind 600": "--rewind 600: not before the end of training",
+        "--levels 3": "unknown: --levels",
+        "--scores others-data.npy": "made from other data than digits",
     },
     "lmc": {
         "--alphas 4": "--alphas 4: an odd number",
         "--rewind 0,600": "--rewind 600: not before the end of training",
-        "--parent good.pt --size 64": "--parent brings its own pre-training",
+        "--parent good.pt --size 64": "--parent brings its own pre-training: leave out --size",
         "--parent good.pt --rewind 0,20": "--parent is one spawn point",
-        "--parent good.pt --rewind 9": "--rewind 9: good.pt was trained for 20 steps",
-        "--parent other-data.pt": "--parent other-data.pt: made from other data than digits",
-        "--parent long.pt": "long.pt: trained to step 600 of --steps 600",
-        "--parent nothing.pt": "nothing.pt does not exist",
-        "--parent hostile.pt": "hostile.pt is damaged or not one of ours",
-        "--parent other-width.pt": "other-width.pt: .* has shape",
+        "--parent good.pt --rewind 9": "--parent good.pt: trained for 20 steps, not --rewind 9",
+        "--parent nothing.pt": "--parent nothing.pt does not exist",
         "--between good.pt": "--between takes two files or more",
         "--between good.pt other-data.pt": "--between other-data.pt: trained on other data",
-        "--between good.pt other-width.pt": "--between other-width.pt: .* has shape",
-        "--scores archive.npy --rewind 20": "archive.npy is not an .npy",
+        "--between good.pt other-width.pt": "--between other-width.pt: .*: give --width 8",
     },
     "warmup": {
         "--warmup 301": "--warmup 301: longer than --steps 300",
         "--sharpness-sample 5000 --subset all": "--sharpness-sample 5000: digits has 1437",
-        "--rewind 5": "unrecognized arguments: --rewind 5",
+        "--rewind 5": "unknown: --rewind",
     },
     "figures": {
         "fig99": "fig99: not one of fig2",
+        "fig22": r"fig22: not one of .* \(did you mean fig2\?\)",
         "--compare one": "argument --compare: expected 2 arguments",
-        "--compare one two": "--compare one: no such run",
+        f"--compare one two --out {BEGUN}": "--compare one: no such run",
     },
 }
 SHARED = {  # of every stage
-    "--dataset mnist": "--dataset mnist: neither digits, .* nor a folder",
+    "--dataset mnist": "--dataset mnist: none of digits, .* no folder of images and no .npz",
     "--preset mnist": "--preset mnist: not one of digits",
-    "--lr 0": "argument --(peak-)?lr.*: '0' is not a number above 0",
+    "--lr 0": "argument --lr.*: '0' is not a number above 0",
     "--depth 21": "--depth 21: a ResNet has 8, 14, 20",
     "--batch-size 2000": "--batch-size 2000: digits has 1437",
     "--device cuda:77": "--device cuda:77: ",
-    "--flag-that-is-not": "unrecognized arguments: --flag-that-is-not",
+    "--flag-that-is-not": "unknown: --flag-that-is-not",
+    "--step 5": r"unknown: --step \(did you mean --steps\?\)",
     "--steps": "argument --steps: expected one argument",
-    "--out text.txt": "--out text.txt: File exists",
+    "--out text.txt": "text.txt.*: (File exists|Not a directory)",
 }
+BRINGS = {"--subset", "--scores", "--init", "--indices"}  # a subset of its own
 STAGES = ("el2n", "pretrain", "imp", "lmc", "warmup")
 TABLE = [(s, shlex.split(w), match) for s, rows in WRITTEN.items() for w, match in rows.items()]
 TABLE += [(s, shlex.split(words), match) for s in STAGES for words, match in SHARED.items()]
 TABLE += [
-    (stage, [flag, v], f"argument {flag}: (invalid choice: )?'{v[:9]}")
+    (stage, [flag, v], rf"argument (\S+/)?{flag}: (invalid choice: )?'{v[:9]}")
     for stage, flag, *values in map(shlex.split, VALUES.strip().splitlines())
     for v in values
 ]
@@ -297,8 +263,8 @@ def test_mistakes_get_one_clear_line(files, tmp_path, capsys, monkeypatch, stage
     if stage != "figures":
         words = [*words, "--quiet"]
         if "--data-dir" not in flags:
-            words += ["--data-dir", str(common.HERE / "data")]
-        if stage in ("imp", "pretrain") and not {"--subset", "--scores", "--init"} & {*flags}:
+            words += ["--data-dir", str(DATA)]
+        if stage in ("imp", "pretrain") and not BRINGS & {*flags}:
             words += ["--subset", "random"]
     err = refuse(stage, words, capsys, monkeypatch)
     assert re.search(match, err), err
@@ -321,7 +287,7 @@ def test_mistakes_get_one_clear_line(files, tmp_path, capsys, monkeypatch, stage
     ],
 )
 def test_mistakes_of_run_all(files, flags, match):
-    words = ["bash", str(common.HERE / "run_all.sh"), *flags]
+    words = ["bash", str(conftest.ROOT / "run_all.sh"), *flags]
     out = [] if "--out" in flags else ["--out", "results-of-mistakes"]
     done = subprocess.run([*words, *out], cwd=files, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
@@ -340,6 +306,9 @@ BOUNDED = settings(
 )
 
 
+HELP = ("-h", "--help", "--version")  # print and end well
+
+
 def names_of(stage):
     return sorted(k for a in __import__(stage).flags()._actions for k in a.option_strings)
 
@@ -356,9 +325,9 @@ WORDS = st.one_of(
 @settings(BOUNDED, max_examples=75)
 @given(data=st.data())
 def test_any_words_parse_or_are_refused_in_one_line(stage, data):
-    flag = st.sampled_from([n for n in names_of(stage) if n not in ("-h", "--help")])
+    flag = st.sampled_from([n for n in names_of(stage) if n not in HELP])
     words = data.draw(st.lists(st.one_of(flag, WORDS), max_size=8))
-    if any(w.startswith(("-h", "--h")) for w in words):
+    if any(w.startswith(HELP) for w in words):
         return
     try:
         args = __import__(stage).flags().parse_args(words)
@@ -414,7 +383,7 @@ def test_altered_files_are_refused_or_read_as_they_were(tmp_path, kind):
     path, intact = tmp_path / f"x.{kind}", example(kind)
     read = {
         "npy": runs.read_npy,
-        "npz": lambda p: common.read_npz(p, "images", "labels"),
+        "npz": lambda p: runs.read_npz(p, "images", "labels"),
         "pt": runs.read_tensors,
         "json": lambda p: runs.read_json(p, "metric"),
     }[kind]
@@ -443,7 +412,7 @@ def test_a_bomb_in_an_archive_is_not_unpacked(tmp_path):
         f.writestr("images.npy", content + bytes(10**6))
         f.writestr("labels.npy", content + bytes(10**6))
     with pytest.raises(UserError, match=r"digits\.npz is damaged"):
-        common.load_data("digits", tmp_path, torch.device("cpu"))
+        common.load_digits(tmp_path)
 
 
 @settings(BOUNDED)
@@ -451,7 +420,7 @@ def test_a_bomb_in_an_archive_is_not_unpacked(tmp_path):
 def test_any_log_is_read_or_begun_anew(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("run")
     (folder / "log.csv").write_bytes(content)
-    run = runs.Run(folder, 0, {"replicate": 0}, {"torch": "x"})
+    run = runs.Run(folder, 0, {"replicate": 0}, {}, {}, {"torch": "x"})
     run.log("level00", 3, loss=1.5)
     run.held.close()
     assert (folder / "log.csv").read_bytes().decode().splitlines()[-1].startswith("level00,3")
