@@ -613,7 +613,7 @@ def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHIN
     check_data(s, data)
     model = find_model(s, data, handed_in)
     about = {"data": describe_data(data), "model": describe_model(model)}
-    about |= {"scale": data.scale.tolist(), "shift": data.shift.tolist()}
+    about |= {k: getattr(data, k).tolist() for k in ("scale", "shift")}
     code = options.code_identity(Path(stage).resolve())
     study = Study(s, data, model, code, about, on_log=handed_in.on_log)
     if getattr(s, "indices", None):
@@ -621,7 +621,8 @@ def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHIN
         indices = optional("inputs").read_indices(s.indices, n, flag)
         study = dataclasses.replace(study, indices=indices)
         if len(indices) < s.batch_size:
-            raise UserError(f"{flag}: {len(indices)}, fewer than a batch (--batch-size {s.batch_size})")
+            batch = f"a batch (--batch-size {s.batch_size})"
+            raise UserError(f"{flag}: {len(indices)}, fewer than {batch}")
     return study
 
 

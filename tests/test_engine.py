@@ -140,7 +140,9 @@ def training(rows=(0,), stop=12, at=(), mask=None, watch=None, bf16=False, model
         keys = (engine.philox_key(0, purpose, replicate) for purpose in ("order", "augment"))
         streams.append(engine.Stream(data.train_labels, torch.arange(1437), *keys))
     schedule = engine.step_schedule(0.1, (8,))
-    return engine.Training(settings, data, networks, streams, 0, stop, schedule, frozenset(at), watch)
+    return engine.Training(
+        settings, data, networks, streams, 0, stop, schedule, frozenset(at), watch
+    )
 
 
 def random_mask(networks, share=0.7):

@@ -476,7 +476,10 @@ def test_what_is_no_mask(tmp_path):
             MASKS | {"head": MASKS["head"] * 0.5},
             "has a tensor for head that is not a mask: it has values other than 0 and 1",
         ),
-        (MASKS | {"head": MASKS["head"].T}, "has a tensor for head that is (2, 4), its weight (4, 2)"),
+        (
+            MASKS | {"head": MASKS["head"].T},
+            "has a tensor for head that is (2, 4), its weight (4, 2)",
+        ),
         (MASKS | {"head": MASKS["head"] * 0}, "prunes every weight of head"),
         (STATE, "has a tensor for features.0 that is not a mask: it has values other than 0 and 1"),
         ({"conv": torch.ones(3)}, "has no mask of this network: it has conv, not features.0"),

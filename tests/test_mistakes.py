@@ -173,7 +173,7 @@ WRITTEN = {  # stage -> words -> what the line says
         "--init foreign.pt": "--init foreign.pt: give --rewind, the step it was trained to",
         "--init cut.pt": "--init cut.pt is damaged",
         "--init hostile.pt": "--init hostile.pt contains pickled objects .* run code when loaded",
-        "--init good.pt --mask good.pt": "--mask good.pt has a tensor for stem.0 that is not a mask",
+        "--init good.pt --mask good.pt": "--mask good.pt has .* stem.0 that is not a mask",
         "--mask good.pt --control shuffle": "--control makes masks of its own: leave out --mask",
         "--verify folder": "--verify folder: no config.json there",
         # scores
