@@ -621,8 +621,7 @@ def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHIN
         indices = optional("inputs").read_indices(s.indices, n, flag)
         study = dataclasses.replace(study, indices=indices)
         if len(indices) < s.batch_size:
-            batch = f"a batch (--batch-size {s.batch_size})"
-            raise UserError(f"{flag}: {len(indices)}, fewer than {batch}")
+            raise UserError(f"{flag}: {len(indices)}, fewer than --batch-size {s.batch_size}")
     return study
 
 

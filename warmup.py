@@ -15,9 +15,10 @@ the end are outcomes, not errors. `--subset easy --offset K --size M` warms up o
 ranking.
 
 Sharpness is the largest (algebraic) eigenvalue of the Hessian of the mean training loss, over all
-parameters, on --sharpness-sample training images with their true labels, unaugmented, drawn once
-from the seed and the same for every run of it; BatchNorm in training mode with the whole sample as
-one batch, running statistics untouched. Hessian-vector products by double backward in float32.
+parameters that are trained, on --sharpness-sample training images with their true labels,
+unaugmented, drawn once from the seed and the same for every run of it; BatchNorm in training mode
+with the whole sample as one batch, running statistics untouched. Hessian-vector products by double
+backward in float32.
 """
 
 import contextlib
@@ -80,9 +81,9 @@ class Settings(options.Subset):
 
     @classmethod
     def check(cls, given: dict[str, Any], values: dict[str, Any]) -> None:
+        super().check(given, values)
         if values["warmup"] == (0,):
             values |= options.NO_SUBSET  # the subset is never seen
-        super().check(given, values)
         longest = max(values["warmup"])
         if longest > values["steps"]:
             raise UserError(f"--warmup {longest}: longer than --steps {values['steps']}")
@@ -119,9 +120,10 @@ def top_eigenvalue(
     module: nn.Module, x: Tensor, y: Tensor, start: np.ndarray, tolerance: float = 1e-4
 ) -> tuple[float, float]:
     """Mean cross-entropy of a network in training mode on one batch x (M, C, H, W), y (M,), and the
-    largest eigenvalue of its Hessian over all D parameters; NaN where Lanczos finds none. `start`
-    (D,) begins the iteration; `tolerance` is relative."""
-    parameters = list(module.parameters())
+    largest eigenvalue of its Hessian over the D parameters that are trained and that the loss
+    depends on; NaN where Lanczos finds none. `start` (at least D,) begins the iteration;
+    `tolerance` is relative."""
+    trained = [p for p in module.parameters() if p.requires_grad]
 
     def flat(tensors: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors])
@@ -129,7 +131,9 @@ def top_eigenvalue(
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with batch_statistics(module), exact:
         loss = F.cross_entropy(module(x), y)
-        gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
+        found = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+        parameters = [p for p, g in zip(trained, found, strict=True) if g is not None]
+        gradient = flat(tuple(g for g in found if g is not None))
         if not gradient.isfinite().all():
             return loss.item(), math.nan
 
@@ -139,6 +143,7 @@ def top_eigenvalue(
             return flat(torch.autograd.grad(along, parameters, **keep)).double().cpu().numpy()
 
         # ARPACK works in float64 around the float32 products, so that only they round.
+        start = start[: len(gradient)]
         hessian = LinearOperator((len(start), len(start)), matvec=product, dtype=np.float64)
         wanted = {"k": 1, "which": "LA", "tol": tolerance, "return_eigenvectors": False}
         try:

@@ -8,30 +8,31 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import digits, parse, study_of
 
 import common
+import engine
 import imp
 import lmc
 import runs
 
-TINY = "--width 4 --steps 30 --milestones 20 --batch-size 64 --subset random --size 128 --quiet"
+NETWORK = ("--width", 4, "--steps", 30, "--milestones", 20, "--batch-size", 64)
+TINY = (*NETWORK, "--subset", "random", "--size", 128)
 
 
-def parse(out, line: str = "", stage=lmc):
-    return stage.flags().parse_args([*TINY.split(), "--out", str(out), *line.split()])
+def run(out, line: str, stage=lmc) -> list[dict]:
+    return stage.main(parse(stage.__name__, *TINY, "--out", out, *line.split()))
 
 
-def prepared(tmp_path, line: str = ""):
-    args = parse(tmp_path, line)
-    args.rewind = 0
-    return args, common.prepare(args)
+def study(line: str = "") -> common.Study:
+    return study_of("lmc", *TINY, *line.split())
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """Two spawn points, two replicates, measured at the midpoint."""
     out = tmp_path_factory.mktemp("done")
-    results = lmc.main(parse(out, "--rewind 0,10 --replicate 0-1"))
+    results = run(out, "--rewind 0,10 --replicate 0-1")
     return out, results
 
 
@@ -48,16 +49,16 @@ def states(out, **where) -> list[dict]:
     return [runs.read_tensors(folder(out, **where) / f"child{c}.pt")["model"] for c in range(3)]
 
 
-def as_module(out, state: dict) -> torch.nn.Module:
+def as_module(state: dict) -> torch.nn.Module:
     """A saved network in float64, in eval mode."""
-    module = common.make_model(*prepared(out))
+    module = common.ResNet(8, 4, 1, 10)
     missing = module.load_state_dict(state, strict=False).missing_keys
     assert all(k.endswith("num_batches_tracked") for k in missing)
     return module.double().eval()
 
 
 def children(out, **where) -> list[torch.nn.Module]:
-    return [as_module(out, state) for state in states(out, **where)]
+    return [as_module(state) for state in states(out, **where)]
 
 
 def mixed(a, b, alpha: float) -> torch.nn.Module:
@@ -103,7 +104,7 @@ def agree(found: np.ndarray, wanted: np.ndarray) -> None:
 def test_midpoint_against_averaged_state_dicts(done):
     out, results = done
     where = folder(out)
-    wanted = barriers(children(out), prepared(out)[1], [0.5])[:, :, 0]
+    wanted = barriers(children(out), digits(), [0.5])[:, :, 0]
     found = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
     agree(np.array(found), wanted)
     mean = np.load(where / "loss_barrier.npy")
@@ -116,14 +117,14 @@ def test_midpoint_against_averaged_state_dicts(done):
     assert result["connected"] == (result["error_barrier"] < 0.02)
     assert [p["children"] for p in result["pairs"]] == [[0, 1], [0, 2], [1, 2]]
     assert len({r["pretrain"]["fingerprint"] for r in results}) == 4
-    ends = [losses(m, prepared(out)[1])[0].mean() for m in children(out)]
+    ends = [losses(m, digits())[0].mean() for m in children(out)]
     assert [c["train_loss"] for c in result["children"]] == pytest.approx(ends, rel=1e-5)
 
 
 def test_supremum_per_pair_and_per_example(done, copied):
     grid = [0, 0.25, 0.5, 0.75, 1]
-    lmc.main(parse(copied, "--rewind 10 --alphas 5"))
-    wanted = barriers(children(copied), prepared(copied)[1], grid)
+    run(copied, "--rewind 10 --alphas 5")
+    wanted = barriers(children(copied), digits(), grid)
     where = folder(copied)
     found = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
     agree(np.array(found), wanted.max(2))
@@ -135,10 +136,9 @@ def test_supremum_per_pair_and_per_example(done, copied):
 
 
 def test_recompute_against_the_mean_of_the_batches(done):
-    out = done[0]
-    args, data = prepared(out, "--batchnorm recompute")
-    found = lmc.measure(args, data, states(out))
-    order = common.generator(0, "sample").permutation(len(data.train_labels))
+    out, data = done[0], digits()
+    found = lmc.measure(study("--batchnorm recompute"), states(out))
+    order = engine.generator(0, "sample").permutation(len(data.train_labels))
     batches = order[: len(order) // 64 * 64].reshape(-1, 64)
 
     def recomputed(module):
@@ -165,12 +165,11 @@ def test_recompute_against_the_mean_of_the_batches(done):
 
 @pytest.mark.parametrize("batchnorm", ("average", "recompute"))
 def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
-    out = done[0]
-    args, data = prepared(out, f"--batchnorm {batchnorm} --alphas 3")
-    first, second, _ = states(out)
-    same = lmc.measure(args, data, [first, first])
+    asked = study(f"--batchnorm {batchnorm} --alphas 3")
+    first, second, _ = states(done[0])
+    same = lmc.measure(asked, [first, first])
     assert not same["loss_barrier_pairs"].any() and not same["error_barrier_pairs"].any()
-    one, other = (lmc.measure(args, data, x) for x in ([first, second], [second, first]))
+    one, other = (lmc.measure(asked, x) for x in ([first, second], [second, first]))
     assert np.array_equal(one["loss_barrier_pairs"], other["loss_barrier_pairs"])
     assert one["loss_at"][0].any() and not one["loss_at"][:, [0, 2]].any()  # the ends' own losses
     assert one["train_loss"] == other["train_loss"][::-1]
@@ -178,29 +177,26 @@ def test_a_network_with_itself_and_the_order_of_the_ends(done, batchnorm):
 
 @pytest.mark.parametrize(("alphas", "passes"), ((1, 6), (5, 12)))
 def test_every_network_runs_once(done, monkeypatch, alphas, passes):
-    args, data = prepared(done[0], f"--alphas {alphas}")
-    seen, usual = [], common.predict
+    seen, usual = [], engine.predict
 
     def predict(networks, data, images):
         seen.append(networks.rows * len(images))
         return usual(networks, data, images)
 
-    monkeypatch.setattr(common, "predict", predict)
-    lmc.measure(args, data, states(done[0]))
-    assert sum(seen) == passes * len(data.train_labels)
+    monkeypatch.setattr(engine, "predict", predict)
+    lmc.measure(study(f"--alphas {alphas}"), states(done[0]))
+    assert sum(seen) == passes * 1437
 
 
 def test_child_0_is_level_0_of_imp_and_a_parent_is_the_same_w_tr(done, copied):
     out, results = done
-    [dense] = imp.main(parse(out, "--rewind 10 --levels 0", imp))
+    [dense] = run(out, "--rewind 10 --levels 0", imp)
     where = folder(out)
     level = out / "imp/digits-resnet8x4" / where.parent.name / "rep0/level00.pt"
     model, (first, second, _) = runs.read_tensors(level)["model"], states(out)
     assert runs.fingerprint(first) == runs.fingerprint(model) != runs.fingerprint(second)
     assert results[2]["pretrain"]["fingerprint"] == dense["pretrain"]["fingerprint"]
-    line = f"--width 4 --steps 30 --milestones 20 --quiet --out {copied} --parent"
-    args = lmc.flags().parse_args([*line.split(), str(where.parent)])
-    [again] = lmc.main(args)
+    [again] = lmc.main(parse("lmc", *NETWORK, "--out", copied, "--parent", where.parent))
     for key in ("loss_barrier", "error_barrier", "pairs"):
         assert again[key] == results[2][key]
 
@@ -212,11 +208,11 @@ def test_scores_are_means_over_replicates_and_imp_takes_them(done):
     assert np.allclose(np.load(path), (each[0] + each[1]) / 2, rtol=1e-6, atol=1e-7)
     about = json.loads(path.with_suffix(".json").read_text())
     assert (about["metric"], about["replicates"]) == ("lmc", [0, 1])
-    labels = prepared(out)[1].train_labels.numpy()
+    labels = digits().train_labels.numpy()
     threes = np.load(path)[labels == 3].mean()
     assert about["mean_by_class"]["3"] == pytest.approx(threes, rel=1e-4)
     line = f"--subset easy --scores {path} --rewind 10 --levels 0"
-    imp.main(parse(out, line, imp))
+    run(out, line, imp)
     assert (
         out / "imp/digits-resnet8x4/easy128-lmc10-rewind10-steps30-drops20/rep0/result.json"
     ).exists()
@@ -226,38 +222,18 @@ def test_measuring_again_trains_nothing(copied, monkeypatch):
     def refuse(*_):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(common, "fit", refuse)
-    wider = lmc.main(parse(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute"))
+    monkeypatch.setattr(engine, "fit", refuse)
+    wider = run(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute")
     assert [(len(r["alphas"]), r["batchnorm"]) for r in wider] == [(3, "recompute")] * 2
     before = json.loads((folder(copied) / "result.json").read_text())
     path = folder(copied) / "loss_barrier.npy"
     content = path.read_bytes()
     path.write_bytes(content[:-4] + b"abcd")
-    lmc.main(parse(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute"))
+    run(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute")
     assert path.read_bytes() == content
     monkeypatch.setattr(lmc, "measure", refuse)
-    again = lmc.main(parse(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute"))
+    again = run(copied, "--rewind 0,10 --alphas 3 --batchnorm recompute")
     assert again[1]["pairs"] == before["pairs"]
-
-
-@pytest.mark.parametrize("stop", (1, 3))
-def test_resumes_to_the_same_bits(done, tmp_path, monkeypatch, stop):
-    usual, calls = runs.Run.checkpoint, []
-
-    def checkpoint(run, *state):
-        usual(run, *state)
-        calls.append(run)
-        if len(calls) == stop:
-            raise SystemExit(143)
-
-    monkeypatch.setattr(runs.Run, "checkpoint", checkpoint)
-    line = "--rewind 10 --replicate 1 --checkpoint-every 0"
-    with pytest.raises(SystemExit):
-        lmc.main(parse(tmp_path, line))
-    lmc.main(parse(tmp_path, line))
-    one, other = (folder(out, replicate=1) for out in (done[0], tmp_path))
-    for name in lmc.ARRAYS:
-        assert (one / f"{name}.npy").read_bytes() == (other / f"{name}.npy").read_bytes()
 
 
 def test_onset():
@@ -276,31 +252,26 @@ def test_onset():
 
 def test_a_child_that_diverges_ends_the_run(tmp_path):
     with pytest.raises(runs.UserError, match="child 0 from step 0 diverged"):
-        lmc.main(parse(tmp_path, "--rewind 0 --lr 1e6"))
+        run(tmp_path, "--rewind 0 --lr 1e6")
     [path] = tmp_path.glob("lmc/*/*/rep0/result.json")
     assert json.loads(path.read_text())["loss_barrier"] is None
 
 
-def test_between_saved_levels(tmp_path, capsys):
-    imp.main(parse(tmp_path, "--rewind 10 --levels 1", imp))
+def test_between_saved_levels(tmp_path):
+    run(tmp_path, "--rewind 10 --levels 1", imp)
     levels = sorted(tmp_path.glob("imp/*/*/rep0/level0?.pt"))
-    base = ["--steps", "30", "--milestones", "20", "--batch-size", "64", "--quiet"]
-
-    def between(*words):
-        words = [*base, "--out", tmp_path, "--between", *words]
-        return lmc.main(lmc.flags().parse_args([str(w) for w in words]))
-
-    [result] = between(*levels, "--width", 4)
+    [result] = lmc.main(parse("lmc", *NETWORK, "--out", tmp_path, "--between", *levels))
     networks = [runs.read_tensors(path)["model"] for path in levels]
-    args, data = prepared(tmp_path)
-    measured = lmc.measure(args, data, networks)
+    measured = lmc.measure(study(), networks)
     where = next(tmp_path.glob("lmc/*/between-level00+level01-*/rep0"))
     saved = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
     for kind, array in zip(("loss", "error"), saved, strict=True):
         assert np.array_equal(array, measured[f"{kind}_barrier_pairs"])
         assert result["pairs"][0][f"{kind}_barrier"] == measured[f"{kind}_at"].item()
-    agree(
-        np.array(saved),
-        barriers([as_module(tmp_path, x) for x in networks], data, [0.5])[:, :, 0],
-    )
-    assert str(levels[1]) in capsys.readouterr().out
+    wanted = barriers([as_module(x) for x in networks], digits(), [0.5])[:, :, 0]
+    agree(np.array(saved), wanted)
+    for child, path, network in zip(result["children"], levels, networks, strict=True):
+        assert child["file"] == str(path)
+        assert child["train_loss"] == pytest.approx(
+            losses(as_module(network), digits())[0].mean(), rel=1e-5
+        )

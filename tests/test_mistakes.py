@@ -127,7 +127,7 @@ WRITTEN = {  # stage -> words -> what the line says
         "--subset random --networks 3": "--networks goes with --subset easy or hard",
         "--subset random --scores short.npy": "--scores goes with --subset easy or hard",
         "--indices few.txt --size 2": "--indices is the subset: leave out --size",
-        "--indices few.txt": "--indices few.txt: 2, fewer than a batch",
+        "--indices few.txt": "--indices few.txt: 2, fewer than --batch-size 64",
         "--indices text.txt": "--indices text.txt: line 1 is 'hello', not an integer",
         "--rewind 600": r"--rewind 600: not before the end of training \(--steps 600\)",
         "--width 1025": "'1025' is not a whole number at least 1 and at most 1024",

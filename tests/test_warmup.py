@@ -10,22 +10,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import digits, parse, study_of
 from torch import nn
 from torch.func import functional_call
 
 import common
-import el2n
+import engine
+import options
 import runs
 import warmup
 
-TINY = (
-    "--width 4 --steps 40 --milestones 20,30 --batch-size 64 --peak-lr 0.4 --subset random "
-    "--size 128 --warmup 18 --sharpness-every 20 --sharpness-sample 16 --quiet"
-)
+NETWORK = ("--width", 4, "--steps", 40, "--milestones", "20,30", "--batch-size", 64)
+NETWORK += ("--peak-lr", 0.4, "--warmup", 18, "--sharpness-every", 20, "--sharpness-sample", 16)
+TINY = (*NETWORK, "--subset", "random", "--size", 128)
 
 
-def parse(out, line: str = ""):
-    return warmup.flags().parse_args([*TINY.split(), "--out", str(out), *line.split()])
+def run(out, line: str = "", usual=TINY, **handed_in) -> list[dict]:
+    s = parse("warmup", *usual, "--out", out, *line.split())
+    return warmup.main(s, options.HandedIn(**handed_in))
 
 
 def plain(result: dict) -> dict:
@@ -48,12 +50,13 @@ def tiny(norm: bool, seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return module, x, y
 
 
-def dense_spectrum(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
-    """All eigenvalues, ascending, of the Hessian that autograd writes out in float64."""
+def dense_spectrum(module: nn.Module, x, y, without: tuple[str, ...] = ()) -> np.ndarray:
+    """All eigenvalues, ascending, of the Hessian that autograd writes out in float64, over all
+    parameters but those named in `without`."""
     module = copy.deepcopy(module).double().train()
-    names = [k for k, _ in module.named_parameters()]
-    sizes = [p.numel() for p in module.parameters()]
-    shapes = [p.shape for p in module.parameters()]
+    named = {k: p for k, p in module.named_parameters() if k not in without}
+    names, sizes = list(named), [p.numel() for p in named.values()]
+    shapes = [p.shape for p in named.values()]
     x = x.double()
 
     def loss(w):
@@ -61,19 +64,19 @@ def dense_spectrum(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> np.nd
         weights = dict(zip(names, parts, strict=True))
         return F.cross_entropy(functional_call(module, weights, (x,)), y)
 
-    w = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    w = torch.cat([p.detach().reshape(-1) for p in named.values()])
     return np.linalg.eigvalsh(torch.autograd.functional.hessian(loss, w).numpy())
 
 
 def top(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    size = sum(p.numel() for p in module.parameters())
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return warmup.top_eigenvalue(module, x, y, np.random.default_rng(1).standard_normal(size))
 
 
 @pytest.mark.parametrize("norm", (True, False))
 def test_top_eigenvalue_against_the_dense_hessian(norm):
     downward = 0
-    for seed in range(8):
+    for seed in range(4):
         module, x, y = tiny(norm, seed)
         spectrum = dense_spectrum(module, x, y)
         loss, found = top(module, x, y)
@@ -84,31 +87,88 @@ def test_top_eigenvalue_against_the_dense_hessian(norm):
         assert downward, "no case where the largest magnitude is negative"
 
 
-def test_top_eigenvalue_of_a_resnet(tmp_path):
-    args = parse(tmp_path, "--width 1")
-    data = warmup.prepare(args)
-    data.classes = data.classes[:3]
-    module = common.make_model(args, data)
-    module.load_state_dict(common.fresh_state(args, data, 0))
+def test_top_eigenvalue_of_a_resnet():
+    module = common.ResNet(8, 1, 1, 3)
+    common.initialise_resnet(module, engine.generator(0, "init"))
     torch.manual_seed(0)
     x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,))
     assert top(module, x, y)[1] == pytest.approx(dense_spectrum(module, x, y)[-1], rel=1e-3)
 
 
-def test_measuring_leaves_the_network_as_it_was(tmp_path):
-    args = parse(tmp_path)
-    data = warmup.prepare(args)
-    networks = common.Networks(common.make_model(args, data), 2, torch.device("cpu"))
+class Partly(nn.Module):
+    """A frozen layer between trained ones, and parameters that the logits do not depend on, the
+    first of them before those that they do depend on."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(7))
+        self.first = nn.Conv2d(channels, 3, 3, stride=2)
+        self.frozen = nn.Conv2d(3, 4, 1).requires_grad_(False)
+        self.norm = nn.BatchNorm2d(4)
+        self.aside, self.head = nn.Linear(2, 5), nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.frozen(self.first(x).tanh())).tanh().mean((2, 3)))
+
+
+UNTRAINED = ("unused", "frozen.weight", "frozen.bias", "aside.weight", "aside.bias")
+
+
+def test_frozen_and_unused_parameters_are_not_in_the_hessian():
+    torch.manual_seed(0)
+    module, x, y = Partly(1, 4), torch.randn(12, 1, 8, 8), torch.randint(0, 4, (12,))
+    wanted = dense_spectrum(module, x, y, UNTRAINED)
+    assert len(wanted) == 30 + 8 + 20  # first, norm, head
+    assert top(module, x, y)[1] == pytest.approx(wanted[-1], rel=1e-3)
+    everything = dense_spectrum(module, x, y, (UNTRAINED[0], *UNTRAINED[3:]))
+    assert everything[-1] > 1.01 * wanted[-1]  # that of the frozen layer would be seen
+
+
+def test_an_eigenvalue_below_zero_beside_an_unused_parameter():
+    """An unused parameter has eigenvalues of 0, and is no part of the Hessian."""
+
+    class Valley(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            """Logits z = -(w1^2 + 2 w2^2 + 3 w3^2) / 2 and 0."""
+            z = -(self.w**2 * torch.tensor([1.0, 2.0, 3.0])).sum() / 2
+            return torch.stack([z.expand(len(x)), torch.zeros(len(x))], 1)
+
+    # At w = 0: dz/dw = 0, d2z/dw2 = -(1, 2, 3), and d loss / dz is 1/2 for label 1, -1/2 for 0.
+    x = torch.zeros(4, 1)
+    assert top(Valley(), x, torch.ones(4).long())[1] == pytest.approx(-0.5)
+    assert top(Valley(), x, torch.zeros(4).long())[1] == pytest.approx(1.5)
+
+
+def test_the_first_eigenvalue_of_a_run_with_a_module_of_ones_own(tmp_path):
+    """At step 0: on the sample of the seed, true labels, no augmentation."""
+    line = "--warmup 0 --steps 1 --milestones 1 --sharpness-every 1"
+    [result] = run(tmp_path, line, NETWORK, model=Partly)
+    own = study_of("warmup", *NETWORK, *line.split(), model=Partly)
+    module, data = Partly(1, 10), own.data
+    module.load_state_dict(own.initial_state_dict(0))
+    sample = engine.generator(0, "sample").permutation(1437)[:16]
+    x = data.train_images[sample] * data.scale + data.shift
+    wanted = dense_spectrum(module, x.permute(0, 3, 1, 2), data.train_labels[sample], UNTRAINED)
+    assert result["sharpness"][0]["eigenvalue"] == pytest.approx(wanted[-1], rel=1e-3)
+
+
+def test_measuring_leaves_the_network_as_it_was():
+    networks = engine.Networks(common.ResNet(8, 4, 1, 10), 2, torch.device("cpu"))
     for r in range(2):
-        networks.load(r, common.fresh_state(args, data, r))
-    names = ("weights", "momentum", "gradient", "batchnorm")
+        common.initialise_resnet(networks.template, engine.generator(0, "init", r))
+        networks.load(r, networks.template.state_dict())
+    names = (*engine.STATE, "gradient")
     before = {k: getattr(networks, k).clone() for k in names}
     x, y = torch.randn(8, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     value = top(networks.modules[1], x, y)
     assert all(torch.equal(before[k], getattr(networks, k)) for k in names)
     assert value == top(networks.modules[1], x, y)
     networks.modules[1](x)  # running statistics move again
-    assert not torch.equal(before["batchnorm"], networks.batchnorm)
+    assert not torch.equal(before["statistics"], networks.statistics)
 
 
 def test_no_eigenvalue_is_not_a_crash(monkeypatch):
@@ -124,16 +184,16 @@ def test_no_eigenvalue_is_not_a_crash(monkeypatch):
     assert math.isnan(top(module, x, y)[1])
 
 
-def test_memory_is_flat_over_60_evaluations():
+def test_memory_is_flat_over_30_evaluations():
     module, x, y = tiny(True, 0)
     start = np.random.default_rng(1).standard_normal(sum(p.numel() for p in module.parameters()))
     gc.collect()
     gc.disable()  # so that cycles, which would keep graphs alive, are counted
     try:
         sizes, tensors = [], []
-        for k in range(60):
+        for k in range(30):
             warmup.top_eigenvalue(module, x, y, start, tolerance=0.1)
-            if k % 6 == 5:
+            if k % 3 == 2:
                 with open("/proc/self/statm") as f:
                     sizes.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
                 tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
@@ -148,37 +208,35 @@ def test_memory_is_flat_over_60_evaluations():
 
 def test_phases_are_one_training_with_momentum_and_order_kept(tmp_path):
     """With all data as the subset, one uninterrupted training is the same, to the last bit."""
-    one = parse(tmp_path, "--subset all")
-    one.size = None
-    [result] = warmup.main(copy.copy(one))
-    data = warmup.prepare(one)
-    networks = common.Networks(common.make_model(one, data), 1, one.device)
-    networks.load(0, common.fresh_state(one, data, 0))
+    flags = (*NETWORK, "--subset", "all")
+    [result] = run(tmp_path, usual=flags)
+    study = study_of("warmup", *flags)
+    networks, data = study.networks(1), study.data
+    networks.load(0, study.initial_state_dict(0))
 
     def rate(s):
         return 0.4 * s / 18 if s < 18 else 0.4 * 0.1 ** ((s >= 20) + (s >= 30))
 
-    streams = [common.make_stream(one, data, 0)]
-    for _ in common.train(common.Training(one, data, networks, streams, 0, 40, rate)):
+    for _ in engine.train(study.training(networks, [study.stream(0)], 0, 40, rate)):
         pass
-    loss, _, _ = common.evaluate(networks, data, data.train_images, data.train_labels)
+    loss, _, _ = engine.evaluate(networks, data, data.train_images, data.train_labels)
     assert result["train_loss"] == loss[0].double().mean().item()
-    assert result["test_accuracy"] == common.accuracy(networks, data)[0]
+    assert result["test_accuracy"] == engine.accuracy_and_loss(networks, data)[0][0]
     assert [x["step"] for x in result["sharpness"]] == [0, 20, 40]
 
 
 def test_phase_1_sees_the_window_and_phase_2_everything(tmp_path, monkeypatch):
-    seen, usual = [], common.fit
+    seen, usual = [], engine.fit
 
-    def fit(t, runs, phase, *more):
+    def fit(t, group, phase, *more):
         seen.append((phase, t.start, t.stop, t.streams[0].indices.tolist(), t.lr_at(t.start)))
-        return usual(t, runs, phase, *more)
+        return usual(t, group, phase, *more)
 
-    monkeypatch.setattr(common, "fit", fit)
+    monkeypatch.setattr(engine, "fit", fit)
     scores = np.random.default_rng(0).random(1437).astype(np.float32)
     np.save(tmp_path / "mine.npy", scores)
     line = f"--subset easy --offset 100 --size 64 --scores {tmp_path / 'mine.npy'}"
-    warmup.main(parse(tmp_path, f"{line} --sharpness-every 0 --warmup 0,18"))
+    run(tmp_path, f"{line} --sharpness-every 0 --warmup 0,18")
     window = sorted(np.argsort(scores)[100:164].tolist())
     everything = list(range(1437))
     assert seen == [
@@ -205,7 +263,7 @@ def cheap(module, x, y, start) -> tuple[float, float]:
 def undisturbed(place):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(warmup, "top_eigenvalue", cheap)
-        return warmup.main(parse(place, "--replicate 0-1"))
+        return run(place, "--replicate 0-1")
 
 
 # Files in order: replicate 0's and 1's at steps 16 and 18, warm.pt; then at steps 20, 36, 40.
@@ -223,23 +281,32 @@ def test_resumes_to_the_same_bits(undisturbed, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(warmup, "top_eigenvalue", cheap)
     line = "--replicate 0-1 --checkpoint-every 0"
     with pytest.raises(SystemExit):
-        warmup.main(parse(tmp_path, line))
-    again = warmup.main(parse(tmp_path, line))
+        run(tmp_path, line)
+    again = run(tmp_path, line)
     for one, other in zip(undisturbed, again, strict=True):
         assert plain(one) == plain(other)
     assert undisturbed[0]["train_loss"] != undisturbed[1]["train_loss"]
 
 
+def test_replicates_warm_up_on_balanced_subsets_of_their_own(undisturbed, place):
+    first, second = (np.load(next(place.rglob(f"rep{r}/subset.npy"))) for r in (0, 1))
+    labels = digits().train_labels.numpy()
+    for subset in (first, second):
+        assert len(set(subset.tolist())) == 128
+        assert np.bincount(labels[subset]).min() >= 12  # the other 8 fall where they may
+    assert not np.array_equal(first, second)
+
+
 def test_a_replicate_is_the_same_alone(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(warmup, "top_eigenvalue", cheap)
-    assert plain(warmup.main(parse(tmp_path, "--replicate 1"))[0]) == plain(undisturbed[1])
+    assert plain(run(tmp_path, "--replicate 1")[0]) == plain(undisturbed[1])
 
 
 # ---- outcomes, presets, mistakes -----------------------------------------------------------------
 
 
 def test_divergence_is_an_outcome(tmp_path):
-    [result] = warmup.main(parse(tmp_path, "--peak-lr 1e6"))
+    [result] = run(tmp_path, "--peak-lr 1e6")
     assert (result["outcome"], result["test_accuracy"], result["ended"]) == ("diverged", None, None)
     assert 0 < result["diverged_at"] < 40
     values = {x["step"]: x["eigenvalue"] for x in result["sharpness"]}
@@ -248,31 +315,23 @@ def test_divergence_is_an_outcome(tmp_path):
 
 
 def test_chance_is_an_outcome(tmp_path, monkeypatch):
-    usual = common.accuracy
-    monkeypatch.setattr(common, "accuracy", lambda *a: [0.1 for _ in usual(*a)])
-    [result] = warmup.main(parse(tmp_path, "--sharpness-every 0"))
+    monkeypatch.setattr(engine, "accuracy_and_loss", lambda *_: ([0.1], [2.3]))
+    [result] = run(tmp_path, "--sharpness-every 0")
     assert (result["outcome"], result["test_accuracy"]) == ("chance", 0.1)
 
 
-def test_the_paper_settings_and_those_of_the_scores(tmp_path, monkeypatch):
+def test_the_paper_settings_and_those_of_the_scores():
+    """Scores are made by Table 1's settings, so that all stages share them."""
     ours = warmup.PRESETS["cifar10"]
     assert (ours.batch_size, ours.steps, ours.milestones) == (1024, 7840, (3920, 5880))
     assert (ours.lr, ours.depth, ours.momentum, ours.weight_decay) == (3.2, 20, 0.9, 1e-4)
-    usual = el2n.flags().parse_args(["--out", str(tmp_path)])
-    common.fill(usual)
-    seen = []
-
-    def read_scores(args, data):
-        seen.append((common.score_settings(args), common.scores_path(args)))
-        return np.arange(1437.0)
-
-    monkeypatch.setattr(common, "read_scores", read_scores)
-    args = warmup.flags().parse_args(["--quiet", "--out", str(tmp_path)])
-    data = warmup.prepare(args)
-    assert seen == [(common.score_settings(usual), common.scores_path(usual))]
-    assert (seen[0][0]["batch_size"], seen[0][0]["lr"]) == (64, 0.1)  # Table 1's, not warmup's
-    assert (args.batch_size, args.lr, args.lengths) == (128, 4.0, (0, 80))
-    assert np.array_equal(data.scores, np.arange(1437.0))
+    s = parse("warmup")
+    assert (s.batch_size, s.lr, s.warmup) == (128, 4.0, (0, 80))
+    scored = options.scoring(s)
+    assert (scored.batch_size, scored.lr) == (64, 0.1)
+    assert options.el2n_name(scored) == options.el2n_name(parse("el2n"))
+    own = options.scoring(parse("warmup", "--width", 4, "--score-step", 5, "--subset", "easy"))
+    assert (own.width, own.score_step, own.batch_size) == (4, 5, 64)
 
 
 def test_the_table_and_the_log(undisturbed, place):
