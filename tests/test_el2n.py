@@ -1,9 +1,16 @@
+"""el2n.py against NumPy and SciPy in float64 and forgetting counted by hand."""
+
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from conftest import digits
+from scipy.stats import spearmanr
 
 import common
 import el2n
+import engine
 import runs
 from runs import UserError
 
@@ -14,21 +21,31 @@ def test_el2n_is_the_mean_norm_of_the_error_vectors(stage, tmp_path, monkeypatch
     """Against NumPy in float64 on the logits that the stage's own networks give; a network gives
     the same alone."""
     logits = []
-    predict = common.predict
-    monkeypatch.setattr(common, "predict", lambda *a: logits.append(predict(*a)) or logits[-1])
+    predict = engine.predict
+    monkeypatch.setattr(engine, "predict", lambda *a: logits.append(predict(*a)) or logits[-1])
     stage("el2n", *TINY)
     [folder] = (tmp_path / "results/el2n/digits-resnet8x4").iterdir()
     assert folder.name == "el2n-networks2-step6"
     z = logits[0].double().numpy()  # (K, N, C)
+    assert z.shape == (2, 1437, 10)
     p = np.exp(z - z.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    y = common.load_data("digits", common.HERE / "data", torch.device("cpu")).train_labels
-    expected = np.linalg.norm(p - np.eye(10)[y.numpy()], axis=-1).mean(0)
-    scores = np.load(folder / "scores.npy")
-    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    y = digits().train_labels.numpy()
+    each = np.linalg.norm(p - np.eye(10)[y], axis=-1)
+    expected = each.mean(0)
+    np.testing.assert_allclose(np.load(folder / "scores.npy"), expected, rtol=1e-5, atol=1e-6)
     about = runs.read_json(folder / "scores.json")
-    means = [expected[y.numpy() == c].mean() for c in range(10)]
+    means = [expected[y == c].mean() for c in range(10)]
     assert about["classes_from_easy_to_hard"] == [str(c) for c in np.argsort(means)]
+    found = [about["mean_by_class"][str(c)] for c in range(10)]
+    np.testing.assert_allclose(found, means, rtol=1e-5)
+    # Of two networks every split into halves is the same one.
+    known, r = about["reliability"], spearmanr(*each).statistic
+    assert known["split_half"] == pytest.approx(r, abs=1e-4)
+    assert known["spearman_brown"] == pytest.approx(2 * r / (1 + r), abs=1e-4)
+    first, second = (set(np.argsort(x, kind="stable")[:256].tolist()) for x in each)
+    assert known["shared_by_halves"] == pytest.approx(len(first & second) / 256, abs=1.5 / 256)
+    assert known["shared_by_chance"] == pytest.approx(256 / 1437)
     stage("el2n", *TINY, "--networks", 1)
     assert torch.equal(logits[1][0], logits[0][0])
 
@@ -51,9 +68,9 @@ def test_forgetting_by_hand():
         ]
     )
     labels = torch.zeros(4, dtype=torch.int64)
-    stream = common.Stream(labels, torch.arange(4), (0, 0), None)
-    networks = type("N", (), {"rows": 1})
-    t = common.Training(None, None, networks, [stream], 0, 6, None)
+    stream = engine.Stream(labels, torch.arange(4), (0, 0), (0, 0))
+    networks = SimpleNamespace(rows=1)
+    t = engine.Training(None, None, networks, [stream], 0, 6, None)
     el2n.count_forgetting(t)
     for column in right.T:
         logits = torch.stack([column, 1 - column], -1).float()  # class 0 wins where right
@@ -70,26 +87,37 @@ def test_forgetting_scores_rank_and_say_what_was_never_learned(stage, tmp_path):
     assert scores.shape == never.shape == (1437,) and 0 < never.mean() < 1
     # 22 batches a pass of 1,437: two presentations at most, so one turn at most
     assert scores[never == 0].max() <= 1 and set(np.unique(never)) <= {0, 0.5, 1}
+    assert (scores[never == 1] == 2).all() and (scores[never == 0.5] >= 1).all()
 
 
 def test_noisy_labels_are_what_is_scored(stage, tmp_path):
     clean = np.load(scores_of(stage, tmp_path, *TINY))
     noisy = np.load(scores_of(stage, tmp_path, *TINY, "--label-noise", 0.5))
-    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
+    data = digits()
     changed = (common.noisy_labels(data, 0.5, 0) != data.train_labels).numpy()
     assert noisy[changed].mean() > noisy[~changed].mean()
     assert abs(clean[changed].mean() - clean[~changed].mean()) < 0.1
 
 
-def test_a_run_that_diverges_says_at_which_step(stage):
+def test_a_run_that_diverges_says_at_which_step(stage, tmp_path):
     with pytest.raises(UserError, match=r"network \d diverged at step \d+: lower --lr \(1e\+06\)"):
         stage("el2n", *TINY, "--lr", 1e6, "--score-step", 40)
+    assert not list(tmp_path.rglob("scores.npy"))
 
 
 def test_missing_scores_are_made_once_and_do_not_depend_on_the_stage(stage, tmp_path):
-    stage("el2n", "--width", 2, out=tmp_path / "byhand")
-    flags = ("--width", 2, "--steps", 9, "--rewind", 2, "--levels", 0, "--milestones", "6")
-    stage("imp", "--subset", "easy", "--size", 64, *flags)
-    stage("imp", "--subset", "hard", "--size", 64, *flags)
-    [path] = tmp_path.glob("results/el2n/*/*/scores.npy")
-    assert path.read_bytes() == next(tmp_path.glob("byhand/**/scores.npy")).read_bytes()
+    few = ("--width", 2, "--networks", 2, "--score-step", 6)
+    stage("el2n", *few, out=tmp_path / "byhand")
+    flags = (*few, "--size", 64, "--steps", 9, "--rewind", 2, "--levels", 0, "--milestones", "6")
+    made = []
+    for subset in ("easy", "hard"):
+        stage("imp", "--subset", subset, *flags)
+        [folder] = tmp_path.glob("results/el2n/*/*")
+        made.append({p.name: p.read_bytes() for p in folder.glob("[!.]*")})
+    assert made[0] == made[1]  # result.json too, which has the seconds
+    [path] = tmp_path.glob("byhand/**/scores.npy")
+    assert made[0]["scores.npy"] == path.read_bytes()
+    order = np.argsort(np.load(path), kind="stable")
+    for subset, chosen in (("easy", order[:64]), ("hard", order[-64:])):
+        [taken] = tmp_path.glob(f"results/imp/*/{subset}64-*/rep0/subset.npy")
+        assert np.load(taken).tolist() == sorted(chosen.tolist())

@@ -1,21 +1,60 @@
-import json
+"""imp.py against Algorithm 1 by hand, plain PyTorch, and runs whose outcome must be the same."""
+
+import dataclasses
 import math
+import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
 from itertools import pairwise
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+from conftest import ROOT, digits, same, study_of
 
 import common
+import engine
 import imp
+import options
 import runs
 from runs import UserError
 
 TINY = ("--width", 4, "--subset", "random", "--size", 128, "--rewind", 5, "--steps", 20)
+DROPS = (10, 15)  # the preset's 300 and 450 of 600 steps, at their share of 20
+
+
+def levels_of(folder, count: int) -> list[dict]:
+    return [runs.read_tensors(folder / f"level{k:02d}.pt") for k in range(count)]
+
+
+def contents(folder) -> dict:
+    """Every file but the locks, which tell of processes."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(folder): p.read_bytes() for p in files}
+
+
+def plain_resnet(state: dict, masks: dict | None = None, width: int = 4) -> torch.nn.Module:
+    """A saved network as an ordinary module in float64, in eval mode, by PyTorch's pruning."""
+    module = common.ResNet(8, width, 1, 10)
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
+    for name, mask in (masks or {}).items():
+        torch.nn.utils.prune.custom_from_mask(module.get_submodule(name), "weight", mask)
+    return module.double().eval()
+
+
+def softmax_of(module, images, data) -> np.ndarray:
+    x = images.double() * data.scale.double() + data.shift.double()
+    with torch.no_grad():
+        return module(x.permute(0, 3, 1, 2)).softmax(-1).numpy()
+
+
+def plain_accuracy(module, data) -> float:
+    p = softmax_of(module, data.test_images, data)
+    return float((p.argmax(1) == data.test_labels.numpy()).mean())
 
 
 # ---- pruning -------------------------------------------------------------------------------------
@@ -31,9 +70,15 @@ def test_pruning_is_a_sort_by_hand():
     assert mask.sum() == 9  # not changed in place
 
 
+def test_the_ceiling_is_that_of_the_decimal_fraction():
+    """14 % of 50 are 7, though 0.14 * 50 lies a little above in floating point."""
+    assert math.ceil(0.14 * 50) == 8
+    mask = imp.prune(torch.arange(1.0, 51), torch.ones(50, dtype=torch.bool), 0.14)
+    assert mask.nonzero()[:, 0].tolist() == [*range(7, 50)]
+
+
 @pytest.mark.parametrize("fraction", [0.2, 0.1, 0.3])
 def test_exactly_the_ceiling_goes_at_every_level(fraction):
-    """Also where 0.1 * r in floating point lies a little above a whole number."""
     draw, live = torch.Generator().manual_seed(0), 4096
     mask, exact = torch.ones(live, dtype=torch.bool), Fraction(str(fraction))
     for _ in range(15):
@@ -42,99 +87,102 @@ def test_exactly_the_ceiling_goes_at_every_level(fraction):
         r = int(mask.sum())
         assert int(pruned.sum()) == r - math.ceil(exact * r)
         assert not (pruned & ~mask).any()
-        assert (
-            weights[: len(mask)][mask & ~pruned].abs().max() <= weights[:live][pruned].abs().min()
-        )
+        magnitudes = weights[:live].abs()
+        assert magnitudes[mask & ~pruned].max() <= magnitudes[pruned].min()
         mask = pruned
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 
-def test_algorithm_1_to_the_letter(stage, tmp_path):
-    [result] = stage("imp", *TINY, "--levels", 3)
-    [folder] = tmp_path.rglob("rep0")
-    start = runs.read_tensors(folder / "pretrained.pt")
-    levels = [runs.read_tensors(folder / f"level{k:02d}.pt") for k in range(4)]
-    args = imp.flags().parse_args([str(f) for f in TINY])
-    args.data_dir, args.out = common.HERE / "data", tmp_path
-    data = common.prepare(args)
-    names = [f"{name}.weight" for name in levels[0]["mask"]]
+def retrained(start: dict, masks: dict | None, first: int) -> engine.Networks:
+    """Replicate 0 from `start` under masks, from step `first` to 20 on all data, by hand."""
+    study = study_of("imp", *TINY)
+    networks, streams = study.networks(1), [study.stream(0)]
+    assert len(streams[0].indices) == 1437
+    networks.load(0, start, masks)
+    schedule = engine.step_schedule(0.1, DROPS)
+    assert [*engine.train(study.training(networks, streams, first, 20, schedule))][-1] == 20
+    return networks
 
-    def flat(state):
-        named = state if names[0] in state else {f"{k}.weight": v for k, v in state.items()}
-        return torch.cat([named[name].flatten() for name in names])
+
+def test_algorithm_1_to_the_letter(stage, tmp_path):
+    [result] = stage("imp", *TINY, "--levels", 3, "--projected")
+    [folder] = tmp_path.rglob("rep0")
+    start, levels = runs.read_tensors(folder / "pretrained.pt"), levels_of(folder, 4)
+    layers = list(levels[0]["mask"])
+
+    def flat(tensors, suffix=""):
+        return torch.cat([tensors[name + suffix].flatten() for name in layers])
 
     assert flat(levels[0]["mask"]).all() and start["step"] == 5
     for before, level in pairwise(levels):
-        weights, mask, after = flat(before["model"]), flat(before["mask"]), flat(level["mask"])
-        assert int(after.sum()) == int(mask.sum()) - math.ceil(Fraction("0.2") * int(mask.sum()))
-        gone = mask & ~after
+        weights, mask = flat(before["model"], ".weight").abs(), flat(before["mask"])
+        after, live = flat(level["mask"]), int(mask.sum())
+        assert int(after.sum()) == live - math.ceil(Fraction("0.2") * live)
         assert not (after & ~mask).any()
-        assert weights[gone].abs().max() <= weights[after].abs().min()
-        assert (flat(level["model"])[~after] == 0).all()
-    # Level 2 again, by hand: w_tr under the mask, no velocity, steps 5 to 20 of all data.
-    networks = common.Networks(common.make_model(args, data), 1, args.device)
-    networks.load(0, start["model"])
-    networks.mask[0] = networks.flat_mask(levels[2]["mask"])
-    networks.weights[0, : networks.mask.shape[1]] *= networks.mask[0]
-    projected = common.accuracy(networks, data)[0]
-    schedule = common.step_schedule(0.1, (300, 450))
-    streams = [common.make_stream(args, data, 0)]
-    assert len(streams[0].indices) == 1437
-    for _ in common.train(common.Training(args, data, networks, streams, 5, 20, schedule)):
-        pass
+        assert weights[mask & ~after].max() <= weights[after].min()
+        assert (flat(level["model"], ".weight")[~after] == 0).all()
+    networks = retrained(start["model"], levels[2]["mask"], 5)
     assert same(networks.state(0), levels[2]["model"])
-    numbers = result["levels"][2]
-    assert numbers["test_accuracy"] == common.accuracy(networks, data)[0]
-    assert numbers["projected_test_accuracy"] == projected
-    alive = flat(levels[2]["mask"]).double().mean().item()
-    assert math.isclose(numbers["weights_remaining"], alive)
+
+    data, numbers = digits(), result["levels"]
+    errors, labels = np.load(folder / "projected_error.npy"), data.train_labels.numpy()
+    assert errors.shape == (4, 1437)
+    for k, level in enumerate(levels):
+        accuracy = plain_accuracy(plain_resnet(level["model"]), data)
+        assert math.isclose(numbers[k]["test_accuracy"], accuracy)
+        alive = flat(level["mask"]).double().mean().item()
+        assert math.isclose(numbers[k]["weights_remaining"], alive)
+        projected = plain_resnet(start["model"], level["mask"])
+        accuracy = plain_accuracy(projected, data)
+        assert math.isclose(numbers[k]["projected_test_accuracy"], accuracy)
+        expected = softmax_of(projected, data.train_images, data) - np.eye(10)[labels]
+        np.testing.assert_allclose(errors[k], np.linalg.norm(expected, axis=1), atol=1e-5)
 
 
 def test_rewind_0_is_the_initialisation(stage, tmp_path):
     stage("imp", "--width", 4, "--rewind", 0, "--steps", 20, "--levels", 0)
     [folder] = tmp_path.rglob("rep0")
     assert folder.parent.name == "all-rewind0-steps20"
-    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
-    start = runs.read_tensors(folder / "pretrained.pt")
-    args = SimpleNamespace(seed=0, depth=8, width=4)
-    expected = common.fresh_state(args, data, 0)
-    assert all(torch.equal(v, expected[k]) for k, v in start["model"].items())
+    state = runs.read_tensors(folder / "pretrained.pt")["model"]
+    draw = np.random.default_rng(np.random.SeedSequence([0, 0, 0, 0]))
+    stem = draw.standard_normal((4, 1, 3, 3)) * math.sqrt(2 / 9)  # Kaiming: 9 inputs
+    scale = draw.uniform(0, 1, 4)
+    np.testing.assert_array_equal(state["stem.0.weight"].numpy(), stem.astype(np.float32))
+    np.testing.assert_array_equal(state["stem.1.weight"].numpy(), scale.astype(np.float32))
+    assert (state["stem.1.running_mean"] == 0).all() and (state["stem.1.running_var"] == 1).all()
 
 
 def test_label_noise_is_in_the_pretraining_only(stage, monkeypatch):
-    streams, make_stream = [], common.make_stream
+    streams, make_stream = [], common.Study.stream
 
     def spy(*args, **kwargs):
         streams.append(make_stream(*args, **kwargs))
         return streams[-1]
 
-    monkeypatch.setattr(common, "make_stream", spy)
+    monkeypatch.setattr(common.Study, "stream", spy)
     stage("imp", *TINY, "--levels", 1, "--label-noise", 0.5)
-    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
-    wrong = [(s.labels != data.train_labels).double().mean().item() for s in streams]
+    labels = digits().train_labels
+    wrong = [(s.labels != labels).double().mean().item() for s in streams]
+    # Half of the labels are redrawn, a tenth of these to what they were.
     assert len(wrong) == 3 and abs(wrong[0] - 0.45) < 0.06 and wrong[1:] == [0, 0]
 
 
 def test_replicates_are_the_same_side_by_side_and_alone(stage, tmp_path):
-    flags = (*TINY, "--levels", 1)
-    stage("imp", *flags, "--replicate", "0-1")
-    stage("imp", *flags, "--replicate", "1", out=tmp_path / "alone")
-    for name in ("pretrained.pt", "level00.pt", "level01.pt"):
-        a, b = (runs.read_tensors(p) for p in tmp_path.rglob(f"rep1/{name}"))
-        for key in ("model", "mask"):
-            assert key not in a or same(a[key], b[key])
+    stage("imp", *TINY, "--levels", 1, "--replicate", "0-1")
+    stage("imp", *TINY, "--levels", 1, "--replicate", "1", out=tmp_path / "alone")
+    for name, keys in (("pretrained", ["model"]), ("level01", ["model", "mask"])):
+        a, b = (runs.read_tensors(p) for p in tmp_path.rglob(f"rep1/{name}.pt"))
+        [other] = (runs.read_tensors(p) for p in tmp_path.rglob(f"rep0/{name}.pt"))
+        for key in keys:
+            assert same(a[key], b[key]) and not same(a[key], other[key])
 
 
-def test_a_finished_run_is_left_alone_and_extended_by_more_levels(stage, tmp_path, monkeypatch):
+def test_a_finished_run_is_left_alone_and_extended_by_more_levels(stage, monkeypatch):
     [first] = stage("imp", *TINY, "--levels", 1)
     with monkeypatch.context() as m:
-        m.setattr(common, "train", None)
+        m.setattr(engine, "train", None)
         assert stage("imp", *TINY, "--levels", 1) == [first]
         assert stage("imp", *TINY, "--levels", 0) == [first]
     [longer] = stage("imp", *TINY, "--levels", 2)
@@ -145,8 +193,51 @@ def test_fast_on_a_cpu_says_so_and_changes_nothing(stage, monkeypatch, capsys):
     [fast] = stage("imp", *TINY, "--levels", 0, "--fast")
     lines = [x for x in capsys.readouterr().err.splitlines() if "fast" in x]
     assert lines == ["--fast: changes nothing on a CPU"]
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(engine, "train", None)
     assert stage("imp", *TINY, "--levels", 0) == [fast]  # the same run, which is done
+
+
+def test_a_mask_of_ones_own_is_level_0_and_is_pruned_on(stage, tmp_path):
+    """Under the mask of level 1, levels 0 and 1 are levels 1 and 2 of the run that it is from."""
+    stage("imp", *TINY, "--levels", 2)
+    [folder] = tmp_path.rglob("rep0")
+    flags = ("--levels", 1, "--mask", folder / "level01.pt")
+    [result] = stage("imp", *TINY, *flags, out=tmp_path / "masked")
+    [masked] = (tmp_path / "masked").rglob("rep0")
+    for ours, theirs in zip(levels_of(masked, 2), levels_of(folder, 3)[1:], strict=True):
+        assert same(ours["model"], theirs["model"]) and same(ours["mask"], theirs["mask"])
+    assert result["levels"][0]["weights_remaining"] < 0.81
+
+
+def test_controls_against_their_oracles(stage, tmp_path):
+    """reinit and shuffle keep every layer's count; reinit at level 0 is dense training from that
+    initialisation; one-shot at level 1 is IMP's level 1. The missing run is made first."""
+    for control in imp.CONTROLS:
+        stage("imp", *TINY, "--levels", 2, "--control", control)
+    levels, starts = {}, {}
+    for kind in ("", *imp.CONTROLS):
+        name = f"random128-rewind5-{kind + '-' * bool(kind)}steps20"
+        [folder] = tmp_path.glob(f"results/imp/*/{name}/rep0")
+        levels[kind] = levels_of(folder, 3)
+        starts[kind] = runs.read_tensors(folder / "pretrained.pt")["model"]
+    for k in range(3):
+        counts = {kind: [int(m.sum()) for m in x[k]["mask"].values()] for kind, x in levels.items()}
+        assert counts["reinit"] == counts["shuffle"] == counts[""]
+        assert sum(counts["one-shot"]) == sum(counts[""])
+    assert same(levels["reinit"][2]["mask"], levels[""][2]["mask"])
+    assert not same(levels["shuffle"][2]["mask"], levels[""][2]["mask"])
+    assert same(starts["shuffle"], starts[""]) and same(starts["one-shot"], starts[""])
+    assert same(levels["one-shot"][1]["model"], levels[""][1]["model"])
+    dense = levels[""][0]["model"]  # what one-shot at level 2 leaves of it: the largest
+    mask = levels["one-shot"][2]["mask"]
+    weights = torch.cat([dense[f"{k}.weight"].flatten().abs() for k in mask])
+    kept = torch.cat([m.flatten() for m in mask.values()])
+    assert weights[~kept].max() <= weights[kept].min()
+    other = study_of("imp", *TINY).initial_state_dict(imp.REINIT)
+    assert same(starts["reinit"], {k: other[k] for k in starts["reinit"]})
+    assert same(retrained(other, None, 0).state(0), levels["reinit"][0]["model"])
+    weight = "head.weight"
+    assert not torch.equal(other[weight], study_of("imp", *TINY).initial_state_dict(0)[weight])
 
 
 # ---- what ends a run -----------------------------------------------------------------------------
@@ -166,26 +257,23 @@ def test_a_replicate_that_diverges_reports_nothing_and_the_other_goes_on(
     stage, tmp_path, monkeypatch
 ):
     [well] = stage("imp", *TINY, "--levels", 1, "--replicate", 1, out=tmp_path / "well")
-    fresh_state = common.fresh_state
+    initial_state_dict = common.Study.initial_state_dict
 
-    def poison(args, data, replicate):
-        state = fresh_state(args, data, replicate)
+    def poison(study, replicate):
+        state = initial_state_dict(study, replicate)
         if replicate == 0:
             state["head.weight"].fill_(3e38)
         return state
 
-    monkeypatch.setattr(common, "fresh_state", poison)
+    monkeypatch.setattr(common.Study, "initial_state_dict", poison)
     with pytest.raises(UserError, match=r"replicate 0: pre-training diverged at step 0") as e:
         stage("imp", *TINY, "--levels", 1, "--replicate", "0-1")
-    assert "\n" not in str(e.value)
-    sick, other = (runs.read_json(tmp_path / p) for p in sorted(results_below(tmp_path)))
+    assert "\n" not in str(e.value) and "replicate 1" not in str(e.value)
+    sick, other = (runs.read_json(p) for p in sorted(tmp_path.glob("results/**/result.json")))
     assert sick["levels"] == [] and sick["pretrain"]["test_accuracy"] is None
+    assert len(other["levels"]) == 2
     for a, b in zip(other["levels"], well["levels"], strict=True):
-        assert a["test_accuracy"] == b["test_accuracy"] and a["train_loss"] == b["train_loss"]
-
-
-def results_below(tmp_path):
-    return [p.relative_to(tmp_path) for p in (tmp_path / "results").rglob("result.json")]
+        assert a["test_accuracy"] == b["test_accuracy"] and a["test_loss"] == b["test_loss"]
 
 
 def test_a_level_that_diverges_says_step_and_rate(stage, tmp_path):
@@ -195,103 +283,132 @@ def test_a_level_that_diverges_says_step_and_rate(stage, tmp_path):
     assert runs.read_json(path)["levels"] == []
 
 
-# ---- as a program --------------------------------------------------------------------------------
+# ---- as a function, in plain PyTorch, measured again ---------------------------------------------
 
 
-def command(*flags, cwd=common.HERE):
-    words = [sys.executable, "imp.py", *map(str, flags)]
-    return subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=300)
-
-
-def test_a_copy_of_imp_in_an_empty_folder_runs_with_scores_of_its_own(tmp_path):
-    for name in ("imp.py", "common.py", "runs.py"):
-        (tmp_path / name).write_text((common.HERE / name).read_text())
-    few = ("--width", 2, "--levels", 1, "--steps", 20, "--rewind", 5, "--milestones", 20)
-    done = command(*few, "--data-dir", common.HERE / "data", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("el2n of digits, 4 networks; from easy to hard:")
-    assert " ".join(lines[1].split()) == "level weights remaining test accuracy of dense seconds"
-    result = runs.read_json(tmp_path / lines[-1])
-    assert len(result["levels"]) == 2 and not result["config"]["environments"][0]["csrc"]
-
-
-def test_controls_against_their_oracles(stage, tmp_path):
-    """reinit and shuffle keep every layer's count; reinit at level 0 is dense training from that
-    initialisation; one-shot at level 1 is IMP's level 1. The missing run is made first."""
-    for control in imp.CONTROLS:
-        stage("imp", *TINY, "--levels", 2, "--control", control)
-    levels = {}
-    for kind in ("", *imp.CONTROLS):
-        name = f"random128-rewind5-{kind + '-' * bool(kind)}steps20"
-        [folder] = tmp_path.glob(f"results/imp/*/{name}/rep0")
-        levels[kind] = [runs.read_tensors(folder / f"level0{k}.pt") for k in range(3)]
-    for k in range(3):
-        counts = {kind: [int(m.sum()) for m in x[k]["mask"].values()] for kind, x in levels.items()}
-        assert counts["reinit"] == counts["shuffle"] == counts[""]
-        assert sum(counts["one-shot"]) == sum(counts[""])
-    assert same(levels["reinit"][2]["mask"], levels[""][2]["mask"])
-    assert not same(levels["shuffle"][2]["mask"], levels[""][2]["mask"])
-    assert same(levels["one-shot"][1]["model"], levels[""][1]["model"])
-    args = imp.flags().parse_args([str(f) for f in TINY])
-    args.data_dir, args.out = common.HERE / "data", tmp_path
-    data = common.prepare(args)
-    networks = common.Networks(common.make_model(args, data), 1, args.device)
-    networks.load(0, common.fresh_state(args, data, common.REINIT))
-    schedule, streams = common.step_schedule(0.1, (300, 450)), [common.make_stream(args, data, 0)]
-    for _ in common.train(common.Training(args, data, networks, streams, 0, 20, schedule)):
-        pass
-    assert same(networks.state(0), levels["reinit"][0]["model"])
-
-
-def test_settings_of_a_call_are_those_of_the_command():
-    """Switches on and off, lists, ranges, what is not given; a word that is no flag."""
+def test_a_call_passes_on_switches_lists_and_ranges_and_refuses_other_words():
+    parser = imp.flags()
     settings = {"flip": False, "quiet": True, "balance": False, "size": None, "label_noise": 0.1}
     settings |= {"replicate": range(3), "milestones": [3, 9], "prune_fraction": 0.5}
-    called = runs.call(lambda args: args, imp.flags(), settings)
+    called = parser.parse_args(options.as_words(parser, settings))
     words = "--no-flip --quiet --label-noise 0.1 --replicate 0-2 --milestones 3,9"
-    assert called == imp.flags().parse_args([*words.split(), "--prune-fraction", "0.5"])
-    assert called.flip is False and called.replicate == (0, 1, 2)
-    with pytest.raises(runs.UserError, match="unrecognized arguments: --levles=3"):
-        runs.call(lambda args: args, imp.flags(), {"levles": 3})
+    assert called == parser.parse_args([*words.split(), "--prune-fraction", "0.5"])
+    assert called.flip is False and called.quiet is True and called.balance is False
+    assert (called.replicate, called.milestones) == ((0, 1, 2), (3, 9))
+    assert (called.label_noise, called.prune_fraction, called.size) == (0.1, 0.5, 256)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        called.levels = 3
+    with pytest.raises(UserError, match=r"^levles is no setting \(did you mean levels\?\)$"):
+        imp.search(levles=3)
 
 
-def test_a_result_in_plain_pytorch_and_back(stage, tmp_path, capsys):
+def test_a_result_in_plain_pytorch_and_back(stage, tmp_path):
     """Level 1 opens with nothing of ours but the ResNet; anyone's state_dict is a w_tr."""
     [result] = imp.search(
         width=4, subset="random", size=128, rewind=5, steps=20, levels=1, quiet=True,
-        data_dir=common.HERE / "data", out=tmp_path / "called",
+        data_dir=ROOT / "data", out=tmp_path / "called", device="cpu",
     )  # fmt: skip
     [again] = stage("imp", *TINY, "--levels", 1)
     accuracy = [[x["test_accuracy"] for x in r["levels"]] for r in (result, again)]
     assert accuracy[0] == accuracy[1]
     [path] = tmp_path.glob("called/imp/*/*/rep0/level01.pt")
     saved = torch.load(path, weights_only=True)
-    assert saved["projected_error"].shape == (1437,)
-    config = json.loads(path.with_name("result.json").read_text())["config"]
-    assert config["settings"]["subset"] == "random"
-    assert config["environments"][0]["torch"] == torch.__version__
-    model = common.ResNet(8, 4, 1, 10)
-    model.load_state_dict(saved["model"])
-    zeros = sum(int((model.get_submodule(n).weight == 0).sum()) for n in saved["mask"])
+    zeros = sum(int((saved["model"][f"{k}.weight"] == 0).sum()) for k in saved["mask"])
     total = sum(m.numel() for m in saved["mask"].values())
     assert math.isclose(1 - zeros / total, result["levels"][1]["weights_remaining"])
-    for name, mask in saved["mask"].items():
-        torch.nn.utils.prune.custom_from_mask(model.get_submodule(name), "weight", mask)
-    data = common.load_data("digits", common.HERE / "data", torch.device("cpu"))
-    with torch.no_grad():
-        logits = model.eval()(common.normalise(data, data.test_images))
-    right = (logits.argmax(1) == data.test_labels).double().mean().item()
-    assert math.isclose(right, result["levels"][1]["test_accuracy"])
-    torch.save(
-        torch.load(path.with_name("pretrained.pt"), weights_only=True)["model"], tmp_path / "w.pt"
-    )
+    module = plain_resnet(saved["model"], saved["mask"])
+    assert math.isclose(plain_accuracy(module, digits()), result["levels"][1]["test_accuracy"])
+    start = torch.load(path.with_name("pretrained.pt"), weights_only=True)["model"]
+    torch.save(start, tmp_path / "w.pt")
     flags = ("--width", 4, "--steps", 20, "--levels", 0, "--init", tmp_path / "w.pt")
+    with pytest.raises(UserError, match="give --rewind, the step it was trained to"):
+        stage("imp", *flags)
     [foreign] = stage("imp", *flags, "--rewind", 5)
     assert foreign["levels"][0]["test_accuracy"] == accuracy[0][0]
 
 
-def test_a_mistake_is_one_line_and_status_2():
-    done = command("--size", "many")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("imp.py: error: argument --size")
+@pytest.fixture
+def measured(stage, tmp_path):
+    """A finished run, and the call that measures it again, with no flag but the folder."""
+    stage("imp", *TINY, "--levels", 2, "--replicate", "0-1")
+    [folder] = tmp_path.glob("results/imp/*/*")
+    return folder, lambda path=folder: stage("imp", "--verify", path, out=tmp_path / "unused")
+
+
+def test_verify_measures_every_level_again_and_writes_nothing(measured, tmp_path, monkeypatch):
+    folder, verify = measured
+    before, data = contents(tmp_path), digits()
+    monkeypatch.setattr(engine, "train", None)
+    rows = verify()
+    files = [folder / f"rep{r}/level{k:02d}.pt" for r in (0, 1) for k in range(3)]
+    assert [row["file"] for row in rows] == [str(f) for f in files]
+    for row, file in zip(rows, files, strict=True):
+        saved = torch.load(file, weights_only=True)
+        assert row["measured"] == row["recorded"]
+        assert math.isclose(row["measured"], plain_accuracy(plain_resnet(saved["model"]), data))
+        alive = torch.cat([m.flatten() for m in saved["mask"].values()]).double().mean().item()
+        assert math.isclose(row["weights_remaining"], alive)
+    assert [row["file"] for row in verify(folder / "rep1")] == [str(f) for f in files[3:]]
+    assert contents(tmp_path) == before
+
+
+def rewritten(path, change) -> None:
+    state = runs.read_tensors(path)
+    change(state)
+    runs.write_tensors(path, state)
+
+
+def test_verify_finds_another_accuracy_mask_or_data_set(measured):
+    folder, verify = measured
+    file = folder / "rep0/level02.pt"
+    state = runs.read_tensors(file)
+    for key, off in (("test_accuracy", 1 / 360), ("weights_remaining", -1e-3)):
+        numbers = state["numbers"] | {key: state["numbers"][key] + off}
+        rewritten(file, lambda s, numbers=numbers: s.update(numbers=numbers))
+        with pytest.raises(UserError, match=r"^1 of 6 levels differ from what was recorded$"):
+            verify()
+    rewritten(file, lambda s: s.update(numbers=state["numbers"]))
+    assert len(verify()) == 6
+    file.write_bytes((folder / "rep1/level02.pt").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"--verify .*level02\.pt is damaged"):
+        verify()
+    config = runs.read_json(folder / "rep0/config.json")
+    config["settings"]["data"] = "0" * 16
+    runs.write_json(folder / "rep0/config.json", config)
+    with pytest.raises(UserError, match=r"rep0 was made from other data than digits$"):
+        verify()
+    with pytest.raises(UserError, match=r"no config\.json there or in rep<k> below it$"):
+        verify(folder.parent)
+
+
+# ---- as a program --------------------------------------------------------------------------------
+
+
+def test_a_copy_in_an_empty_folder_runs_with_scores_of_its_own(tmp_path):
+    """With the files that common.py names; what needs another one says which."""
+    for name in ("imp.py", "common.py", "options.py", "engine.py", "runs.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    elsewhere = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def command(*flags):
+        words = [sys.executable, "imp.py", "--device", "cpu", *map(str, flags)]
+        how = {"text": True, "capture_output": True, "timeout": 300, "env": elsewhere}
+        return subprocess.run(words, cwd=tmp_path, **how)
+
+    few = ("--width", 2, "--levels", 1, "--steps", 20, "--rewind", 5)
+    done = command(*few, "--networks", 2, "--score-step", 6)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("digits: 1,437 training and 360 test images of 8x8x1, 10 classes")
+    assert "1,290 prunable" in lines[0] and "scores first: 2 networks x 6 steps" in lines[0]
+    assert lines[1].startswith("el2n scores: mean of 2 networks")
+    [head] = (k for k, line in enumerate(lines) if line.startswith("level  weights remaining"))
+    table = [line.split()[:2] for line in lines[head + 1 : -1]]
+    assert table == [["0", "100.00%"], ["1", "80.00%"]]  # 1290 - 258
+    result = runs.read_json(tmp_path / lines[-1])
+    assert [x["weights_remaining"] for x in result["levels"]] == [1, 0.8]
+    assert not result["config"]["environments"][0]["csrc"]
+    wrong = command("--dataset", "cifar10")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "imp.py: error: this needs loading.py beside options.py: copy it too\n"

@@ -1,12 +1,17 @@
+"""pretrain.py against plain autograd, plain accuracies and imp.py."""
+
 import csv
+import dataclasses
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from conftest import digits, study_of
 
 import common
-import pretrain
+import engine
+import runs
 
 TINY = ("--width", 4, "--subset", "random", "--size", 128, "--rewind", 8, "--steps", 20)
 EVERY = ("--every", 4)
@@ -16,13 +21,11 @@ def test_what_is_tracked_is_what_plain_torch_gives(stage, tmp_path):
     """Norm of the first minibatch gradient and the coherence at step 0, from plain autograd."""
     stage("pretrain", *TINY, *EVERY, "--track", "gradient-norm,coherence", "--replicate", "1")
     [folder] = tmp_path.rglob("rep1")
-    args = pretrain.flags().parse_args([str(f) for f in TINY + EVERY])
-    args.data_dir, args.out = common.HERE / "data", tmp_path
-    data = common.prepare(args)
-    model = common.make_model(args, data)
-    model.load_state_dict(common.fresh_state(args, data, 1))
-    indices = common.choose_subset(args, data, data.train_labels, 1)
-    stream = common.make_stream(args, data, 1, 0, indices)
+    study = study_of("pretrain", *TINY, *EVERY)
+    data, model = study.data, common.ResNet(8, 4, 1, 10)
+    model.load_state_dict(study.initial_state_dict(1))
+    indices = common.choose_subset(study, data.train_labels, 1)
+    stream = study.stream(1, 0, indices)
 
     def gradient(x, y):
         model.zero_grad()
@@ -30,44 +33,62 @@ def test_what_is_tracked_is_what_plain_torch_gives(stage, tmp_path):
         return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
     model.eval()
-    keys = common.Stream(None, indices, common.philox_key(0, "sample", 1), None)
-    batches = common.batch_indices(keys, 0, 16, args.batch_size)
-    g = torch.stack(
-        [
-            gradient(common.normalise(data, data.train_images[i]), data.train_labels[i])
-            for i in batches
-        ]
-    )
+    keys = dataclasses.replace(stream, order=engine.philox_key(0, "sample", 1))
+    batches = engine.batch_indices(keys, 0, 16, 64)
+    pixels = data.train_images.float() * data.scale + data.shift
+    images = pixels.permute(0, 3, 1, 2)
+    g = torch.stack([gradient(images[i], data.train_labels[i]) for i in batches])
     mean = g.mean(0)
     expected = (g @ mean) / (g.norm(dim=1) * mean.norm())
-    np.testing.assert_allclose(np.load(folder / "coherence.npy")[0], expected, rtol=1e-4)
+    cosines = np.load(folder / "coherence.npy")
+    assert cosines.shape == (3, 16)  # steps 0, 4, 8
+    np.testing.assert_allclose(cosines[0], expected, rtol=1e-4)
     model.train()
-    i = common.batch_indices(stream, 0, 1, args.batch_size)[0]
-    [crops] = common.draw_crops(stream.augment, 0, 1, args.batch_size, 1, False, i.device)
-    x = common.augment(data.train_images, i, crops, data.scale, data.shift)
+    i = engine.batch_indices(stream, 0, 1, 64)[0]
+    assert set(i.tolist()) <= set(np.load(folder / "subset.npy").tolist())
+    [crops] = engine.draw_crops(stream.augment, 0, 1, 64, 1, False, i.device)
+    x = engine.augment(data.train_images, i, crops, data.scale, data.shift)
     norm = gradient(x, data.train_labels[i]).norm().item()
     norms = np.load(folder / "gradient_norm.npy")
     assert norms.shape == (8,) and math.isclose(norms[0], norm, rel_tol=1e-4)
+    assert (norms > 0).all()
 
 
-def test_learning_curves_end_at_the_accuracy_of_w_tr(stage, tmp_path):
+def test_learning_curves_end_at_the_accuracies_of_w_tr(stage, tmp_path):
     scores = np.random.default_rng(0).random(1437).astype(np.float32)
     np.save(tmp_path / "mine.npy", scores)
     flags = ("--subset", "easy", "--scores", tmp_path / "mine.npy", *TINY[:2], *TINY[4:], *EVERY)
     [result] = stage("pretrain", *flags, "--track", "accuracy")
-    with open(next(tmp_path.rglob("log.csv")), newline="") as f:
+    [folder] = tmp_path.rglob("rep0")
+    with open(folder / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [int(r["step"]) for r in rows] == [0, 4, 8]
-    assert float(rows[-1]["test_accuracy"]) == result["pretrain"]["test_accuracy"]
-    assert all(0 <= float(r[k]) <= 1 for r in rows for k in ("train_accuracy", "easy_accuracy"))
+    easy = np.argsort(scores)[:128]
+    assert np.load(folder / "subset.npy").tolist() == sorted(easy.tolist())
+    data, model = digits(), common.ResNet(8, 4, 1, 10).eval()
+    model.load_state_dict(runs.read_tensors(folder / "pretrained.pt")["model"], strict=False)
+
+    def right(images, labels):
+        x = (images * data.scale + data.shift).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return (model(x).argmax(1) == labels).double()
+
+    test = right(data.test_images, data.test_labels).mean().item()
+    train = right(data.train_images, data.train_labels)
+    last = rows[-1]
+    assert math.isclose(float(last["test_accuracy"]), test)
+    assert math.isclose(result["pretrain"]["test_accuracy"], test)
+    assert math.isclose(float(last["train_accuracy"]), train.mean().item())
+    assert math.isclose(float(last["easy_accuracy"]), train[torch.from_numpy(easy)].mean().item())
 
 
 def test_w_tr_is_that_of_imp_and_is_taken_by_it(stage, tmp_path):
     stage("pretrain", *TINY, *EVERY, "--track", "gradient-norm", "--replicate", "0-1")
     [own] = stage("imp", *TINY, "--levels", 0, "--replicate", "1")
-    folder = next(tmp_path.rglob("pretrain/*/*"))
+    [folder] = tmp_path.glob("results/pretrain/*/*")
     flags = (*TINY[:2], "--init", folder, "--steps", 20, "--levels", 0)
     first, second = stage("imp", *flags, "--replicate", "0-1")
     assert second["pretrain"]["fingerprint"] == own["pretrain"]["fingerprint"]
     assert first["pretrain"]["fingerprint"] != second["pretrain"]["fingerprint"]
     assert second["levels"][0]["test_accuracy"] == own["levels"][0]["test_accuracy"]
+    assert second["pretrain"]["step"] == 8  # of the file, without --rewind

@@ -1,100 +1,115 @@
-"""A run folder of each format, stopped in level 1, as an earlier version of these scripts left it:
-today's finish it to the same numbers, or refuse it by name.
-
-    python tests/test_stored_run.py tests/runs/format3      stores one of today's format
-
-For a format that is there the command renews the expected numbers only, after a change that means
-to move bits. Where the environment is the stored one, the weights are the same bits. Elsewhere sums
-run in another order: with oneDNN held to SSE4.1, AVX or AVX-512, torch to no vectors, AVX2 or
-AVX-512, with csrc and without it, masks and accuracies were the same, and of the weights none moved
-by more than 2e-6, of the losses none by more than 4e-8; ten times that is allowed.
+"""A run folder that an earlier release left, stopped in level 1: format 2, which had no identity in
+config.json. It is refused in one line where it would be continued, and nothing in it is touched;
+what it holds is read, and measures as that release recorded it: expected.json has its numbers,
+level02.pt its last network. Training draws other numbers since, so that none is repeated.
 """
 
 import json
 import shutil
-import sys
-import tempfile
-from pathlib import Path
 
-import conftest  # before torch
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT, digits, same, study_of
 
 import common
-import imp
+import engine
 import runs
 
-HERE = conftest.ROOT / "tests"
-FLAGS = "--width 2 --batch-size 64 --steps 40 --milestones 30 --size 128 --rewind 6 --levels 2"
+PLACE = ROOT / "tests/runs/format2"
+TRAINING = ("--width", 2, "--batch-size", 64, "--steps", 40, "--milestones", 30)
+FLAGS = (*TRAINING, "--size", 128, "--rewind", 6, "--levels", 2)
+SCORES = ("--scores", PLACE / "begun/el2n/digits-resnet8x2/el2n/scores.npy")
+RUN = "imp/digits-resnet8x2/easy128-rewind6-steps40-drops30"
 
 
-def call(out: Path):
-    words = f"--data-dir {conftest.ROOT / 'data'} --device cpu --quiet --out {out}"
-    return imp.main(imp.flags().parse_args([*FLAGS.split(), *words.split()]))
+@pytest.fixture
+def old(tmp_path):
+    return shutil.copytree(PLACE / "begun", tmp_path / "results")
 
 
-def begin(out: Path) -> None:
-    """Scores, and a run that stands at step 22 of level 1."""
-    train, trained = common.train, []
-
-    def train_and_stop(t, start=None):
-        trained.append(t)
-        t.at |= {22} if len(trained) == 4 else set()  # scores, pre-training, levels 0 and 1
-        for step in train(t, start):
-            runs.signals.number = 15 * (len(trained) == 4 and step == 22)
-            yield step
-
-    common.train = train_and_stop
-    try:
-        call(out)
-    except runs.Interrupted:
-        runs.signals.number = 0
-    finally:
-        common.train = train
-    for lock in out.rglob(".lock"):
-        lock.unlink()
+def contents(folder) -> dict:
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
-def store(place: Path) -> None:
-    """`begun`, unless it is there, and what it ends in: `level02.pt` and `expected.json`."""
-    if not (place / "begun").exists():
-        begin(place / "begun")
-    with tempfile.TemporaryDirectory() as out:
-        shutil.copytree(place / "begun", out, dirs_exist_ok=True)
-        [result] = call(Path(out))
-        level = runs.read_tensors(next(Path(out).glob("imp/*/*/rep0/level02.pt")))
-    runs.write_tensors(place / "level02.pt", {k: level[k] for k in ("model", "mask")})
-    environment = result["config"]["environments"][-1]
-    expected = {"levels": result["levels"], "environment": environment}
-    (place / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+def expected() -> list[dict]:
+    return json.loads((PLACE / "expected.json").read_text())["levels"]
 
 
-@pytest.mark.parametrize("place", sorted((HERE / "runs").glob("format*")), ids=lambda p: p.name)
-def test_a_run_of_an_earlier_version_ends_in_the_same_numbers(place, tmp_path, monkeypatch):
-    out, starts, train = tmp_path / "results", [], common.train
-    shutil.copytree(place / "begun", out)
-    if place.name != f"format{runs.FORMAT}":
-        with pytest.raises(runs.FormatError, match=rf"\({place.name[:6]} {place.name[6:]}, this"):
-            call(out)
-        return
-    monkeypatch.setattr(common, "train", lambda t, at: starts.append(at) or train(t, at))
-    before = {p: p.read_bytes() for p in out.rglob("*.pt") if "checkpoint" not in p.name}
-    [result] = call(out)
-    assert starts == [22, 6] and all(p.read_bytes() == b for p, b in before.items())
-    expected = json.loads((place / "expected.json").read_text())
-    stored = runs.read_tensors(place / "level02.pt")
-    found = runs.read_tensors(next(out.glob("imp/*/*/rep0/level02.pt")))
-    for a, b in zip(result["levels"], expected["levels"], strict=True):
-        for key in ("level", "weights_remaining", "test_accuracy", "projected_test_accuracy"):
-            assert a[key] == b[key]
-        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=4e-7)
-    assert all(torch.equal(found["mask"][k], mask) for k, mask in stored["mask"].items())
-    for key, weight in stored["model"].items():
-        torch.testing.assert_close(found["model"][key], weight, rtol=0, atol=2e-5)
-    here = result["config"]["environments"][-1]
-    if {**here, "commit": ""} == {**expected["environment"], "commit": ""}:
-        assert runs.fingerprint(found["model"]) == runs.fingerprint(stored["model"]), "other bits"
+@pytest.mark.parametrize("refused", ["el2n", "imp"])
+def test_it_is_refused_in_one_line_and_left_as_it_was(old, stage, refused):
+    """Its scores, where they would be made; with scores that are given, the run itself."""
+    where, given = old / "el2n/digits-resnet8x2/el2n", ()
+    if refused == "imp":
+        where, given = old / RUN / "rep0", SCORES
+    before = contents(old)
+    with pytest.raises(runs.FormatError) as e:
+        stage("imp", *FLAGS, *given, out=old)
+    assert str(e.value) == (
+        f"{where} was written by an earlier version (format 2, this continues 3): it can be read, "
+        "not continued; --name TAG keeps both, --fresh starts it over"
+    )
+    assert contents(old) == before
 
 
-if __name__ == "__main__":
-    store(Path(sys.argv[1]).resolve())
+def test_a_name_keeps_both_and_fresh_starts_over(old, stage):
+    """On the subset that its scores give: they are read."""
+    before = contents(old)
+    [named] = stage("imp", *FLAGS, *SCORES, "--name", "mine", out=old)
+    assert len(named["levels"]) == 3 and before.items() <= contents(old).items()
+    easy = np.argsort(np.load(SCORES[1]), kind="stable")[:128]
+    assert np.load(old / f"{RUN}-mine/rep0/subset.npy").tolist() == sorted(easy.tolist())
+    [fresh] = stage("imp", *FLAGS, *SCORES, "--fresh", out=old)
+    for a, b in zip(fresh["levels"], named["levels"], strict=True):
+        assert (a["test_accuracy"], a["test_loss"]) == (b["test_accuracy"], b["test_loss"])
+    assert runs.read_json(old / RUN / "rep0/config.json")["format"] == 3
+    assert not (old / RUN / "rep0/checkpoint.pt").exists()
+
+
+def test_its_finished_level_measures_as_recorded(old, stage):
+    before = contents(old)
+    [row] = stage("imp", "--verify", old / RUN, out=old / "unused")
+    assert row["file"] == str(old / RUN / "rep0/level00.pt")
+    wanted = expected()[0]["test_accuracy"]
+    assert (row["recorded"], row["measured"], row["weights_remaining"]) == (wanted, wanted, 1)
+    assert contents(old) == before
+
+
+def test_its_last_network_measures_as_recorded():
+    """With today's reader and engine, and as an ordinary module in float64."""
+    study, wanted = study_of("imp", *TRAINING, "--subset", "all"), expected()[2]
+    network, networks = common.read_network(study, PLACE / "level02.pt", "it"), study.networks(1)
+    networks.load(0, network.state, network.masks)
+    assert engine.accuracy_and_loss(networks, study.data)[0] == [wanted["test_accuracy"]]
+    assert networks.mask[0].double().mean().item() == wanted["weights_remaining"]
+    data, module = digits(), common.ResNet(8, 2, 1, 10)
+    stored = torch.load(PLACE / "level02.pt", weights_only=True)
+    module.load_state_dict(stored["model"], strict=False)
+    x = (data.test_images.double() * data.scale + data.shift).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        right = module.double().eval()(x).argmax(1) == data.test_labels
+    assert right.double().mean().item() == pytest.approx(wanted["test_accuracy"])
+
+
+def test_a_new_run_starts_from_its_w_tr_and_mask(old, stage, tmp_path):
+    flags = (*TRAINING, "--levels", 0, "--init", old / RUN)
+    w_tr = runs.read_tensors(old / RUN / "rep0/pretrained.pt")
+    stored = runs.read_tensors(PLACE / "level02.pt")["mask"]
+    for name, more in (("dense", ()), ("sparse", ("--mask", PLACE / "level02.pt"))):
+        [result] = stage("imp", *flags, *more, out=tmp_path / name)
+        assert result["pretrain"]["step"] == 6
+        [folder] = (tmp_path / name).rglob("rep0")
+        start = runs.read_tensors(folder / "pretrained.pt")
+        level = runs.read_tensors(folder / "level00.pt")
+        if more:
+            assert same(level["mask"], stored) and same(start["mask"], stored)
+            for k, mask in stored.items():
+                theirs = w_tr["model"][f"{k}.weight"]
+                assert torch.equal(start["model"][f"{k}.weight"], theirs * mask)
+            wanted = expected()[2]["projected_test_accuracy"]
+            assert result["pretrain"]["test_accuracy"] == pytest.approx(wanted)
+        else:
+            assert same(start["model"], w_tr["model"])
+            assert all(m.all() for m in level["mask"].values())
+            assert result["pretrain"]["test_accuracy"] == w_tr["test_accuracy"]
