@@ -344,10 +344,10 @@ def search_levels(study: Study, starts: dict[int, dict], control: str) -> list[d
         for run in todo:
             conclude(study, run)
         results = [run.result for run in group]
-        complete = [r for r in results if not r["ended"]]
+        complete = [r for r in results if not r["ended"] or len(r["levels"]) > s.levels]
         if complete and not s.quiet:
             runs.say(table(complete))
-        options.report(s, group)
+        options.report(s, group, [run for run in group if run.result not in complete])
     return results
 
 

@@ -597,7 +597,7 @@ def compare_origin(s: Settings, before: dict, now: dict) -> str | None:
     return f"continued by {'edited code' if by_hand else 'another release'}: {', '.join(edited)}"
 
 
-REMEDIES = "--name TAG gives this variant a folder of its own, --fresh starts it over"
+REMEDIES = "--name TAG gives this variant a folder of its own, its stage's --fresh starts it over"
 
 
 def find_device(name: str) -> torch.device:
@@ -773,11 +773,13 @@ def mean_std(values: list[float], digits: int = 4) -> str:
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def report(s: Settings, finished: list[runs.Run]) -> None:
-    """Prints where the results are; UserError, now that all is done, for runs that ended early."""
+def report(s: Settings, finished: list[runs.Run], short: list[runs.Run] | None = None) -> None:
+    """Prints where the results are; UserError, now that all is done, for runs that ended early
+    (`short`: before what was asked for)."""
     for run in finished if not s.quiet else ():
         runs.say(str(run.folder / "result.json"))
-    ended = [(run.replicate, run.result["ended"]) for run in finished if run.result["ended"]]
+    short = finished if short is None else short
+    ended = [(run.replicate, run.result["ended"]) for run in short if run.result["ended"]]
     if ended:
         raise UserError("; ".join(f"replicate {r}: {why}" for r, why in ended))
 

@@ -444,7 +444,10 @@ class Run:
         self, settings: dict, made_from: dict, about: dict, here: dict, allow: Callable | None
     ) -> dict:
         """config.json: compares the settings and the origin with it, or begins the run."""
-        path, remedy = self.folder / "config.json", "--name TAG keeps both, --fresh starts it over"
+        path, remedy = (
+            self.folder / "config.json",
+            "--name TAG keeps both, --fresh of its own stage starts it over",
+        )
         if not path.exists():
             self.check_writable()
             (self.folder / "log.csv").unlink(missing_ok=True)  # of a run that lost its config

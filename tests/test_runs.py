@@ -189,7 +189,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path, capsys):
         open_run(tmp_path, now)
     assert str(e.value) == (
         f"{tmp_path} was created with different settings (lr 0.1, now 0.2; model.width 16, now 8): "
-        "--name TAG keeps both, --fresh starts it over"
+        "--name TAG keeps both, --fresh of its own stage starts it over"
     )
     open_run(tmp_path, before, here={"torch": "2"}).held.close()
     line = f"{tmp_path}: torch 1, now 2; remaining results may not be bit-identical\n"

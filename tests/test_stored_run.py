@@ -48,7 +48,7 @@ def test_it_is_refused_in_one_line_and_left_as_it_was(old, stage, refused):
         stage("imp", *FLAGS, *given, out=old)
     assert str(e.value) == (
         f"{where} was written by an earlier version (format 2, this continues 3): it can be read, "
-        "not continued; --name TAG keeps both, --fresh starts it over"
+        "not continued; --name TAG keeps both, --fresh of its own stage starts it over"
     )
     assert contents(old) == before
 
