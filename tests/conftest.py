@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config):
-    """The tests of the stages compare with the CPU; `-m gpu` alone sees the card."""
+    """The tests of the stages compare with the CPU; `-m gpu` alone sees a GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
