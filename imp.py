@@ -390,7 +390,10 @@ def verify(study: Study) -> list[dict]:
                 shown = f"recorded {row['recorded']:.4f}, measured {accuracy:.4f}"
                 runs.say(f"{path}: {left:.2%} of weights, {shown}" + ", DIFFERS" * (path in wrong))
     if wrong:
-        raise UserError(f"{len(wrong)} of {len(rows)} levels differ from what was recorded")
+        remedy = "to make one again, remove it and result.json and repeat the run's command"
+        raise UserError(
+            f"{len(wrong)} of {len(rows)} levels differ from what was recorded: {remedy}"
+        )
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -180,3 +181,11 @@ def test_a_changed_model_does_not_continue_a_folder(tmp_path):
     with pytest.raises(UserError, match=rf"^{first} was made from .*\(model\.code .*--name TAG"):
         begin("--allow-edited")  # of the project's code only
     assert begin("--name", "tanh") == tmp_path / "imp/digits-make/t-tanh/rep0"
+
+
+def test_this_release_is_recorded(tmp_path, monkeypatch):
+    """Its hashes are those of the files; after an edit of a release: python options.py."""
+    recorded = json.loads(options.RELEASES.read_text())[options.VERSION]
+    monkeypatch.setattr(options, "RELEASES", tmp_path / "releases.json")
+    options.record_release()
+    assert json.loads(options.RELEASES.read_text()) == {options.VERSION: recorded}
