@@ -366,7 +366,7 @@ def test_verify_finds_another_accuracy_mask_or_data_set(measured):
     for key, off in (("test_accuracy", 1 / 360), ("weights_remaining", -1e-3)):
         numbers = state["numbers"] | {key: state["numbers"][key] + off}
         rewritten(file, lambda s, numbers=numbers: s.update(numbers=numbers))
-        with pytest.raises(UserError, match=r"^1 of 6 levels differ from what was recorded: to make"):
+        with pytest.raises(UserError, match=r"^1 of 6 levels differ from what was recorded: "):
             verify()
     rewritten(file, lambda s: s.update(numbers=state["numbers"]))
     assert len(verify()) == 6
