@@ -505,7 +505,7 @@ def as_function(main: Callable, flags: Callable[[], SettingsParser], example: st
     lines = [example, "", *(f"{f.name}: {f.metadata['help']}" for f in fields)]
     lines += ["data: arrays or data sets, see loading.as_arrays; `dataset` is their name then"]
     lines += ["model: also a function of channels and classes that gives a module"]
-    lines += ["on_log: called with each row of log.csv as a dict"]
+    lines += ["on_log: called with each row of log.csv, and its replicate, as a dict"]
     call.__doc__ = "\n".join([(main.__doc__ or "").strip(), "", *lines])
     keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     shown = [keyword(f.name, default=f.metadata["default"], annotation=f.type) for f in fields]

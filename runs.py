@@ -403,8 +403,8 @@ class Run:
     config["history"]. `about` are facts and `here` is the environment, both recorded only.
 
     `seconds` is what the phase in progress has taken, over all processes that worked on it; `ended`
-    says why a run cannot continue; `on_log` is called with each row of the log. `saved` names the
-    last thing that a resumed run would start from.
+    says why a run cannot continue; `on_log` is called with each row of the log and the replicate.
+    `saved` names the last thing that a resumed run would start from.
     """
 
     def __init__(
@@ -552,7 +552,7 @@ class Run:
         row = {"phase": phase, "step": step, **values}
         self.rows.add(row)
         if self.on_log:
-            self.on_log(row)
+            self.on_log({"replicate": self.replicate} | row)
 
     @functools.cached_property
     def result(self) -> dict | None:

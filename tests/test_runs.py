@@ -296,7 +296,8 @@ def test_the_log_keeps_one_row_a_step_and_mends_a_torn_line(tmp_path):
     run.log("level00", 10, loss=0.1, accuracy=None)
     expected = ["phase,step,accuracy,loss", "pretrain,0,1,", "pretrain,10,3,", "level00,10,,0.1"]
     assert path.read_text().splitlines() == expected
-    assert seen[2] == {"phase": "pretrain", "step": 10, "accuracy": 3}
+    row = {"replicate": 0, "phase": "pretrain", "step": 10, "accuracy": 3}
+    assert seen[2] == row
     run.held.close()
     with open(path, "a") as f:
         f.write("level01,10,0.")
