@@ -32,7 +32,13 @@ def commands(page: Path) -> list[str]:
     return found
 
 
-ALL = sorted({(page, line) for page in PAGES for line in commands(page)})
+def quoted(page: Path) -> list[str]:
+    """The commands within the text and the tables of a page."""
+    found = re.findall(r"`([^`\n]+)`", page.read_text())
+    return [x for x in found if COMMAND.match(x) and "..." not in x]
+
+
+ALL = sorted({(page, line) for page in PAGES for line in (*commands(page), *quoted(page))})
 TINY = "--width 2 --networks 2 --score-step 3 --steps 8 --levels 1 --rewind 2 --size 64 --quiet"
 # What the README offers, and the words that make it small; later words of a flag win.
 SMALL = {
