@@ -491,8 +491,16 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
         assert names == {".lock", "config.json", "log.csv", "result.json"}
 
 
+@pytest.fixture
+def not_under_nohup():
+    """Under nohup SIGHUP is ignored, by the runs as well."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_says_how_to_resume(tmp_path, capsys, name):
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, capsys, not_under_nohup, name):
     number = signal.Signals[name]
     before = [signal.getsignal(n) for n in (2, 15, 1, signal.SIGUSR1)]
 
