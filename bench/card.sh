@@ -58,6 +58,8 @@ interrupted() { # SIGTERM half a minute into a run that would take hours: 143, a
     part 240 "$python" -m pytest -m gpu -q -p no:cacheprovider
     part 60 "$python" bench/conv.py
     part 240 "$python" bench/step.py --rows 1,4 --repeats 3 --json "$out/step.json"
+    part 120 env CUDA_DEVICE_MAX_CONNECTIONS=32 "$python" bench/step.py --rows 1,4,10 --repeats 3 \
+        --only graph
     part 60 "$python" bench/csrc.py
     cifar_shaped
     echo "the bits of rep2 must be the same"

@@ -7,8 +7,8 @@ loader    what one writes first, and what the paper's time ran: torchvision tran
           DataLoader, torch.optim.SGD, the mask multiplied in (autocast to bfloat16 on a GPU)
 resident  the same loop with data and augmentation on the device
 then the engines of engine.py, with BatchNorm by torch (plain) or fused, and several rows; on a GPU
-the graph also as --fast has it (fast), beside the exact one. Each
-figure is the median of --repeats timings, taken in turns so that what else the machine does falls
+the graph also as --fast has it (fast) and with torch's BatchNorm (plain-graph), beside the exact
+one. Each figure is the median of --repeats timings, taken in turns so that what else the machine does falls
 on all alike; warm-up is apart. The user's loops run in processes of their own, without what the
 stages set for theirs (`runs.keep_freed_memory`). The last column is the share of the ceiling:
 the time that the convolutions' FLOP take at the rate of a large matrix product in this run, or the
@@ -50,7 +50,9 @@ class Settings(options.Settings):
     rows: tuple[int, ...] = options.option("networks side by side", (1, 4), options.numbers)
     repeats: int = options.option("timings", 5, options.positive)
     count: int = options.option("steps in a timing; 0: 128 on a GPU, else 8", 0, options.count)
-    only: str = options.option("part of loader,resident,plain,eager,graph,fast", "", str)
+    only: str = options.option(
+        "part of loader,resident,plain,eager,graph,fast,plain-graph", "", str
+    )
     json: str = options.option("a file for all that was measured", "", str)
     serve: str = options.option("for the process of a user's loop: its name", "", str)
 
@@ -176,7 +178,7 @@ def apart(name: str):
 def ours(study: Study, name: str, rows: int):
     """Steps of engine.train; one training goes on through all timings."""
     fast = name == "fast"
-    study = study.replace(engine="graph" if name in ("graph", "fast") else "eager")
+    study = study.replace(engine="graph" if name in GRAPHS else "eager")
     numerics = {"enabled": True, "benchmark": fast, "deterministic": not fast}
     numerics["allow_tf32"] = fast or study.settings.precision == "bf16"
     networks = study.networks(rows)
@@ -191,7 +193,7 @@ def ours(study: Study, name: str, rows: int):
     @contextlib.contextmanager
     def batch_norm():
         fused = common.batch_norm_relu
-        common.batch_norm_relu = fused.definition if name == "plain" else fused
+        common.batch_norm_relu = fused.definition if name.startswith("plain") else fused
         yield
         common.batch_norm_relu = fused
 
@@ -207,6 +209,7 @@ def ours(study: Study, name: str, rows: int):
 
 
 WARM = 10
+GRAPHS = ("graph", "fast", "plain-graph")
 
 
 def kernels(run, steps: int, count: int = 12) -> dict[str, float]:
@@ -220,6 +223,8 @@ def kernels(run, steps: int, count: int = 12) -> dict[str, float]:
     name = "self_device_time_total" if cuda else "self_cpu_time_total"
     times = {e.key: getattr(e, name) for e in profiler.key_averages()}
     times = {k[:100]: v for k, v in times.items() if v and not k.startswith("ProfilerStep")}
+    calls = sum(e.count for e in profiler.key_averages() if getattr(e, name)) / steps
+    print(f"{calls:.0f} {'kernels' if cuda else 'operations'} in a step, counted by the profiler")
     first = sorted(times, key=times.get, reverse=True)[:count]
     return {k: times[k] / sum(times.values()) for k in first}
 
@@ -319,7 +324,7 @@ def main(s: Settings) -> dict | None:
     if s.serve:
         return serve(study)
     ways = dict(LOOPS)
-    for name in ("plain", "eager", *(["graph", "fast"] if cuda else [])):
+    for name in ("plain", "eager", *(GRAPHS if cuda else ())):
         for rows in s.rows:
             ways[f"{name} x{rows}"] = (name, rows)
     chosen = s.only.split(",") if s.only else [k.split()[0] for k in ways]
