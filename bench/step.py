@@ -8,14 +8,14 @@ loader    what one writes first, and what the paper's time ran: torchvision tran
 resident  the same loop with data and augmentation on the device
 then the engines of engine.py, with BatchNorm by torch (plain) or fused, and several rows; on a GPU
 the graph also as --fast has it (fast) and with torch's BatchNorm (plain-graph), beside the exact
-one. Each figure is the median of --repeats timings, taken in turns so that what else the machine does falls
-on all alike; warm-up is apart. The user's loops run in processes of their own, without what the
-stages set for theirs (`runs.keep_freed_memory`). The last column is the share of the ceiling:
-the time that the convolutions' FLOP take at the rate of a large matrix product in this run, or the
-time that the tensors read and written by convolutions and BatchNorm take at the rate of a large
-copy, whichever is longer, over the time measured. Also: where the time of a step goes, by kernel;
-the part outside forward and backward; on a GPU memory, how busy the host is, and the time to
-evaluate 50,000 images.
+one. Each figure is the median of --repeats timings, taken in turns so that what else the machine
+does falls on all alike; warm-up is apart. The user's loops run in processes of their own, without
+what the stages set for theirs (`runs.keep_freed_memory`). The last column is the share of the
+ceiling: the time that the convolutions' FLOP take at the rate of a large matrix product in this
+run, or the time that the tensors read and written by convolutions and BatchNorm take at the rate
+of a large copy, whichever is longer, over the time measured. Also: where the time of a step goes,
+by kernel; the part outside forward and backward; on a GPU memory, how busy the host is, and the
+time to evaluate 50,000 images.
 """
 
 import contextlib
