@@ -303,8 +303,8 @@ REFUSED = {
         "train/cat/3.png": b"", "train/dog/3.jpg": b"<html>", "test/dog/2.png": b"\x89PNG",
     },
     **{
-        rf"3\.tif \(float32 .*{x:g}.*convert": {"train/cat/3.tif": tif(np.float32(x))}
-        for x in (0.3, 200, -1, np.nan)
+        rf"3\.tif \(float32 {said}.*convert": {"train/cat/3.tif": tif(np.float32(x))}
+        for x, said in ((0.3, "that are"), (200, "from 200"), (-1, "from -1"), (np.nan, "from nan"))
     },
 }  # fmt: skip
 
