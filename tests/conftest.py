@@ -46,13 +46,49 @@ def study_of(name: str, *flags, **handed_in):
     return common.rank(study)
 
 
-def digits():
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file but the locks, which tell of processes."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(folder): p.read_bytes() for p in files}
+
+
+def digits(device="cpu"):
     import torch
 
     import common
     import options
 
-    return common.load_data(options.Settings.complete({}), torch.device("cpu"))
+    return common.load_data(options.Settings.complete({}), torch.device(device))
+
+
+def training(
+    rows=(0,), stop=12, at=(), alive=1.0, watch=None, model=None, device="cpu", drop=8, **settings
+):
+    """Of networks on the digits, a row for each replicate, a share `alive` of their weights not
+    pruned; at rate 0.1, from step `drop` on 0.01."""
+    import torch
+
+    import common
+    import engine
+
+    usual = {"batch_size": 32, "momentum": 0.9, "weight_decay": 1e-2, "pad": 1, "flip": False}
+    usual |= {"graph": False, "bf16": False, "checkpoint_every": 1e9}
+    device, data, streams = torch.device(device), digits(device), []
+    model = model or common.ResNet(8, 4, 1, 10)
+    networks = engine.Networks(model, len(rows), device)
+    draw = torch.rand(networks.mask.shape[1], generator=torch.Generator().manual_seed(0))
+    for r, replicate in enumerate(rows):
+        if isinstance(model, common.ResNet):
+            common.initialise_resnet(model, engine.generator(0, "init", replicate))
+        networks.load(r, model.state_dict())
+        networks.set_mask(r, draw < alive)
+        keys = (engine.philox_key(0, purpose, replicate) for purpose in ("order", "augment"))
+        everything = torch.arange(len(data.train_labels), device=device)
+        streams.append(engine.Stream(data.train_labels, everything, *keys))
+    settings, schedule = engine.StepSettings(**usual | settings), engine.step_schedule(0.1, (drop,))
+    return engine.Training(
+        settings, data, networks, streams, 0, stop, schedule, frozenset(at), watch
+    )
 
 
 def same(a: dict, b: dict) -> bool:

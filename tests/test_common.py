@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,12 @@ RANDOM = ("--subset", "random", "--size", 128)
 
 
 def train_plainly(study, replicate, steps, lr, indices, labels):
-    """A network of a replicate after `steps` of torch.optim.SGD at a constant rate."""
+    """A network of a replicate after `steps` of torch.optim.SGD at a constant rate, in float64."""
     module = common.ResNet(8, 4, 1, 10)
     module.load_state_dict(study.initial_state_dict(replicate))
-    optimizer = torch.optim.SGD(module.parameters(), lr, 0.9, 0, 1e-4)
-    order, augment = (engine.philox_key(0, p, replicate) for p in ("order", "augment"))
-    stream, data = engine.Stream(labels, indices, order, augment), study.data
-    for step in range(steps):
-        i = engine.batch_indices(stream, step, step + 1, 32)[0]
-        [crops] = engine.draw_crops(augment, step, step + 1, 32, 1, False, data.device)
-        x = engine.augment(data.train_images, i, crops, data.scale, data.shift)
-        optimizer.zero_grad()
-        F.cross_entropy(module(x), labels[i]).backward()
-        optimizer.step()
-    return module.eval()
+    keys = (engine.philox_key(0, p, replicate) for p in ("order", "augment"))
+    plain.train(module, study.data, engine.Stream(labels, indices, *keys), [lr] * steps, 1e-4)
+    return module.double().eval()
 
 
 # ---- label noise and subsets ---------------------------------------------------------------------
@@ -185,12 +178,10 @@ def test_el2n_scores_are_definition_2_1_and_rank_the_subset(tmp_path, monkeypatc
     ways = (*SMALL, "--networks", 2, "--score-step", 5, "--label-noise", 0.25, "--out", tmp_path)
     study = study_of("imp", *ways, "--subset", "hard", "--size", 64)
     labels = common.noisy_labels(study.data, 0.25, 0)
-    x, norms = engine.normalise(study.data, study.data.train_images), []
+    norms = []
     for replicate in (65536, 65537):
         net = train_plainly(study, replicate, 5, 0.1, torch.arange(1437), labels)
-        with torch.no_grad():
-            p = net(x).double().softmax(1).numpy()
-        norms.append(np.linalg.norm(p - np.eye(10)[labels.numpy()], axis=1))
+        norms.append(plain.losses(plain.logits(net, study.data.train_images), labels)[2])
     np.testing.assert_allclose(study.scores, np.mean(norms, 0), atol=1e-4)
     hardest = np.argsort(-study.scores.astype(float), kind="stable")[:64]
     assert common.choose_subset(study, labels, 0).tolist() == sorted(hardest)
@@ -234,16 +225,15 @@ def test_w_tr_is_torchs_sgd_on_the_subset(tmp_path, monkeypatch):
     flags = (*SMALL, *RANDOM, "--label-noise", 0.25, "--pretrain-lr", 0.05, "--out", tmp_path)
     study = study_of("imp", *flags)
     labels = common.noisy_labels(study.data, 0.25, 0)
-    starts, test_images = pretrained(study, 6), engine.normalise(study.data, study.data.test_images)
+    starts = pretrained(study, 6)
     for replicate, (folder, start) in enumerate(starts):
         subset = np.load(folder / "subset.npy")
         assert subset.tolist() == common.choose_subset(study, labels, replicate).tolist()
-        plain = train_plainly(study, replicate, 6, 0.05, torch.from_numpy(subset), labels)
-        for name, value in plain.state_dict().items():
+        module = train_plainly(study, replicate, 6, 0.05, torch.from_numpy(subset), labels)
+        for name, value in module.float().state_dict().items():
             if "num_batches" not in name:
                 torch.testing.assert_close(start["model"][name], value, rtol=2e-4, atol=2e-5)
-        right = plain(test_images).argmax(1) == study.data.test_labels
-        assert abs(start["test_accuracy"] - right.double().mean()) < 1.5 / 360
+        assert abs(start["test_accuracy"] - plain.accuracy(module.double())) < 1.5 / 360
         assert start["step"] == 6
     monkeypatch.setattr(engine, "fit", None)  # nothing is trained
     for (_, before), (_, after) in zip(starts, pretrained(study, 6), strict=True):

@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import digits
 from scipy.stats import spearmanr
 
-import common
 import el2n
 import engine
 import runs
@@ -26,35 +26,21 @@ def test_el2n_is_the_mean_norm_of_the_error_vectors(stage, tmp_path, monkeypatch
     stage("el2n", *TINY)
     [folder] = (tmp_path / "results/el2n/digits-resnet8x4").iterdir()
     assert folder.name == "el2n-networks2-step6"
-    z = logits[0].double().numpy()  # (K, N, C)
-    assert z.shape == (2, 1437, 10)
-    p = np.exp(z - z.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
     y = digits().train_labels.numpy()
-    each = np.linalg.norm(p - np.eye(10)[y], axis=-1)
-    expected = each.mean(0)
+    each = [plain.losses(z, y)[2] for z in logits[0]]  # of (K, N, C)
+    expected = np.mean(each, 0)
     np.testing.assert_allclose(np.load(folder / "scores.npy"), expected, rtol=1e-5, atol=1e-6)
     about = runs.read_json(folder / "scores.json")
     means = [expected[y == c].mean() for c in range(10)]
     assert about["classes_from_easy_to_hard"] == [str(c) for c in np.argsort(means)]
     found = [about["mean_by_class"][str(c)] for c in range(10)]
     np.testing.assert_allclose(found, means, rtol=1e-5)
-    # Of two networks every split into halves is the same one.
+    # Of two networks every split into halves is the same one; more of it in test_common.py.
     known, r = about["reliability"], spearmanr(*each).statistic
     assert known["split_half"] == pytest.approx(r, abs=1e-4)
-    assert known["spearman_brown"] == pytest.approx(2 * r / (1 + r), abs=1e-4)
-    first, second = (set(np.argsort(x, kind="stable")[:256].tolist()) for x in each)
-    assert known["shared_by_halves"] == pytest.approx(len(first & second) / 256, abs=1.5 / 256)
     assert known["shared_by_chance"] == pytest.approx(256 / 1437)
     stage("el2n", *TINY, "--networks", 1)
     assert torch.equal(logits[1][0], logits[0][0])
-
-
-def scores_of(stage, tmp_path, *flags):
-    before = set(tmp_path.rglob("scores.npy"))
-    stage("el2n", *flags)
-    [path] = set(tmp_path.rglob("scores.npy")) - before
-    return path
 
 
 def test_forgetting_by_hand():
@@ -82,21 +68,13 @@ def test_forgetting_by_hand():
 
 
 def test_forgetting_scores_rank_and_say_what_was_never_learned(stage, tmp_path):
-    path = scores_of(stage, tmp_path, *TINY[:4], "--metric", "forgetting", "--steps", 44)
+    stage("el2n", *TINY[:4], "--metric", "forgetting", "--steps", 44)
+    [path] = tmp_path.rglob("scores.npy")
     scores, never = np.load(path), np.load(path.parent / "never_learned.npy")
     assert scores.shape == never.shape == (1437,) and 0 < never.mean() < 1
     # 22 batches a pass of 1,437: two presentations at most, so one turn at most
     assert scores[never == 0].max() <= 1 and set(np.unique(never)) <= {0, 0.5, 1}
     assert (scores[never == 1] == 2).all() and (scores[never == 0.5] >= 1).all()
-
-
-def test_noisy_labels_are_what_is_scored(stage, tmp_path):
-    clean = np.load(scores_of(stage, tmp_path, *TINY))
-    noisy = np.load(scores_of(stage, tmp_path, *TINY, "--label-noise", 0.5))
-    data = digits()
-    changed = (common.noisy_labels(data, 0.5, 0) != data.train_labels).numpy()
-    assert noisy[changed].mean() > noisy[~changed].mean()
-    assert abs(clean[changed].mean() - clean[~changed].mean()) < 0.1
 
 
 def test_a_run_that_diverges_says_at_which_step(stage, tmp_path):
@@ -117,7 +95,3 @@ def test_missing_scores_are_made_once_and_do_not_depend_on_the_stage(stage, tmp_
     assert made[0] == made[1]  # result.json too, which has the seconds
     [path] = tmp_path.glob("byhand/**/scores.npy")
     assert made[0]["scores.npy"] == path.read_bytes()
-    order = np.argsort(np.load(path), kind="stable")
-    for subset, chosen in (("easy", order[:64]), ("hard", order[-64:])):
-        [taken] = tmp_path.glob(f"results/imp/*/{subset}64-*/rep0/subset.npy")
-        assert np.load(taken).tolist() == sorted(chosen.tolist())

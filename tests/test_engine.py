@@ -4,10 +4,11 @@ import math
 import signal
 
 import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import digits, same
+from conftest import digits, same, training
 from torch import nn
 
 import common
@@ -124,95 +125,49 @@ class Mixed(nn.Module):
         return self.head(self.after(x + self.attend(x, x, x)[0]).mean(1))
 
 
-def training(rows=(0,), stop=12, at=(), mask=None, watch=None, bf16=False, model=None):
-    """On the digits at rate 0.1, from step 8 on 0.01."""
-    shared = {"batch_size": 32, "momentum": 0.9, "weight_decay": 1e-2, "pad": 1, "flip": False}
-    settings = engine.StepSettings(**shared, graph=False, bf16=bf16, checkpoint_every=1e9)
-    data, streams = digits(), []
-    model = model or common.ResNet(8, 4, 1, 10)
-    networks = engine.Networks(model, len(rows), CPU)
-    for r, replicate in enumerate(rows):
-        if isinstance(model, common.ResNet):
-            common.initialise_resnet(model, engine.generator(0, "init", replicate))
-        networks.load(r, model.state_dict())
-        if mask is not None:
-            networks.set_mask(r, mask)
-        keys = (engine.philox_key(0, purpose, replicate) for purpose in ("order", "augment"))
-        streams.append(engine.Stream(data.train_labels, torch.arange(1437), *keys))
-    schedule = engine.step_schedule(0.1, (8,))
-    return engine.Training(
-        settings, data, networks, streams, 0, stop, schedule, frozenset(at), watch
-    )
-
-
-def random_mask(networks, share=0.7):
-    draw = torch.Generator().manual_seed(0)
-    return torch.rand(networks.mask.shape[1], generator=draw) < share
-
-
-def train_plainly(module, t, row, factors=None):
-    """A row's training by torch.optim.SGD; `factors`: weight -> its mask as floats."""
-    optimizer, stream = torch.optim.SGD(module.parameters(), 0.1, 0.9, 0, 1e-2), t.streams[row]
-    for step in range(t.stop):
-        optimizer.param_groups[0]["lr"] = t.lr_at(step)
-        i = engine.batch_indices(stream, step, step + 1, 32)[0]
-        [crops] = engine.draw_crops(stream.augment, step, step + 1, 32, 1, False, CPU)
-        x = engine.augment(t.data.train_images, i, crops, t.data.scale, t.data.shift)
-        optimizer.zero_grad()
-        F.cross_entropy(module(x), t.data.train_labels[i]).backward()
-        optimizer.step()
-        with torch.no_grad():
-            for weight, factor in (factors or {}).items():
-                weight.mul_(factor)
-
-
 def test_training_is_torchs_sgd_with_the_mask_multiplied_in():
-    mask = random_mask(training().networks)
-    t = training(mask=mask)
-    plain = common.ResNet(8, 4, 1, 10)
-    plain.load_state_dict(t.networks.state(0), strict=False)
+    t = training(alive=0.7)
+    module = common.ResNet(8, 4, 1, 10)
+    module.load_state_dict(t.networks.state(0), strict=False)
     masks = t.networks.masks(0)
-    train_plainly(plain, t, 0, {plain.get_submodule(k).weight: m.float() for k, m in masks.items()})
+    masks = {module.get_submodule(k).weight: m.float() for k, m in masks.items()}
+    plain.train(module, t.data, t.streams[0], map(t.lr_at, range(12)), 1e-2, masks)
     assert [*engine.train(t)][-1] == 12
-    ours = t.networks.state(0)
-    for name, theirs in plain.state_dict().items():
+    ours, pruned = t.networks.state(0), ~t.networks.mask[0]
+    for name, theirs in module.state_dict().items():
         if "num_batches" not in name:
             torch.testing.assert_close(ours[name], theirs, rtol=2e-4, atol=2e-5)
     for matrix in (t.networks.weights, t.networks.momentum):
-        assert (matrix[0, : len(mask)][~mask] == 0).all()
+        assert pruned.any() and (matrix[0, : len(pruned)][pruned] == 0).all()
     assert (t.networks.gradient == 0).all()
 
 
 def test_rows_keep_every_parameter_and_buffer_of_any_module():
     """Against the plain module: the same logits, and twelve steps of torch.optim.SGD."""
     torch.manual_seed(0)
-    plain = Mixed()
-    t = training((0, 1), model=plain)
-    other = {k: v + 1 for k, v in plain.state_dict().items()}
+    module = Mixed()
+    t = training((0, 1), model=module)
+    other = {k: v + 1 for k, v in module.state_dict().items()}
     t.networks.load(0, other)
     x = torch.rand(4, 1, 8, 8)
-    torch.testing.assert_close(t.networks.modules[1](x), plain(x))
+    torch.testing.assert_close(t.networks.modules[1](x), module(x))
     assert t.networks.mask.shape == (2, 72 + 192 + 64 + 80)  # conv, in and out projection, head
-    plain = plain.train()
-    train_plainly(plain, t, 1)
+    plain.train(module, t.data, t.streams[1], map(t.lr_at, range(12)), 1e-2)
     assert [*engine.train(t)][-1] == 12
     for name, value in t.networks.state(1).items():
-        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, module.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_rounds_and_no_more():
     """Thirty steps on a low-precision copy follow float32; the copy is the rounded weights."""
-    mask = random_mask(training().networks, 0.8)
-    full, low = (training(stop=30, mask=mask, bf16=b) for b in (False, True))
+    losses, full, low = [], *(training(stop=30, alive=0.8, bf16=b) for b in (False, True))
     for t in (full, low):
         for step in engine.train(t):
             if t is low and step < 30:
-                assert torch.equal(t.networks.weights_bf16, t.networks.weights.bfloat16())
-                assert (t.networks.weights_bf16[0, : len(mask)][~mask] == 0).all()
-    losses = [
-        engine.evaluate(t.networks, t.data, t.data.train_images, t.data.train_labels)[0].mean()
-        for t in (full, low)
-    ]
+                n = t.networks
+                assert torch.equal(n.weights_bf16, n.weights.bfloat16())
+                assert (n.weights_bf16[:, : n.mask.shape[1]][~n.mask] == 0).all()
+        losses += engine.accuracy_and_loss(t.networks, t.data)[1]
     assert losses[0] < 2.25 and abs(losses[1] - losses[0]) < 0.05
     difference = (full.networks.weights - low.networks.weights).norm()
     assert 0 < difference < 0.1 * full.networks.weights.norm()
@@ -227,7 +182,7 @@ def test_a_row_is_the_same_alone_and_beside_others():
 
 
 def test_a_saved_network_and_its_velocity_come_back():
-    t = training((0, 1), mask=random_mask(training().networks))
+    t = training((0, 1), alive=0.7)
     for _ in engine.train(t):
         pass
     copy = engine.Networks(common.ResNet(8, 4, 1, 10), 1, CPU)
@@ -240,19 +195,13 @@ def test_a_saved_network_and_its_velocity_come_back():
 def test_evaluation_is_what_numpy_makes_of_the_logits():
     t = training((0, 1))
     images, labels = t.data.test_images, t.data.test_labels
-    loss, error, norm = engine.evaluate(t.networks, t.data, images, labels)
-    module = t.networks.modules[1].eval()
-    with torch.no_grad():
-        z = module(engine.normalise(t.data, images)).double().numpy()
-    p = np.exp(z - z.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    y = labels.numpy()
-    np.testing.assert_allclose(loss[1], -np.log(p[np.arange(len(y)), y]), rtol=1e-5, atol=1e-6)
-    assert (error[1].numpy() == (z.argmax(1) != y)).all()
-    np.testing.assert_allclose(norm[1], np.linalg.norm(p - np.eye(10)[y], axis=1), atol=1e-6)
+    found = engine.evaluate(t.networks, t.data, images, labels)
+    wanted = plain.losses(plain.logits(plain.network(t.networks.state(1)), images), labels)
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours[1], theirs, rtol=1e-5, atol=1e-6)
     accuracies, losses = engine.accuracy_and_loss(t.networks, t.data)
-    assert math.isclose(accuracies[1], (z.argmax(1) == y).mean())
-    assert math.isclose(losses[1], loss[1].double().mean().item())
+    assert math.isclose(accuracies[1], 1 - wanted[1].mean())
+    assert math.isclose(losses[1], found[0][1].double().mean().item())
 
 
 @pytest.mark.parametrize("size", [8, 64])
@@ -284,7 +233,6 @@ def test_the_first_step_that_is_not_finite_is_noted():
 
 def test_fp32_is_float32_and_evaluation_beside_bf16_may_take_tf32():
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     try:
         for bf16, fast, expected in (
             (True, False, (True, False, True)),
@@ -294,8 +242,7 @@ def test_fp32_is_float32_and_evaluation_beside_bf16_may_take_tf32():
             engine.set_numerics(bf16, fast)
             assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == expected
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
-        torch.backends.cuda.matmul.allow_tf32 = False
+        engine.set_numerics(False, False)
 
 
 # ---- exact resume --------------------------------------------------------------------------------

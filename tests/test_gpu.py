@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import signal
-from pathlib import Path
 
-import numpy as np
+import conftest
 import pytest
 import simulated_cuda
 import torch
@@ -16,7 +15,6 @@ import runs
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
-DIGITS = Path(__file__).parent.parent / "data/digits.npz"
 
 
 @pytest.fixture(autouse=True)
@@ -37,39 +35,12 @@ def deterministic(capsys, request):
         assert "continuing without" not in capsys.readouterr().err
 
 
-def training(
-    graph=True, precision="fp32", rows=(0,), stop=24, watch=None, at=(), depth=8, **settings
-) -> engine.Training:
-    """Of a ResNet on the digits, the replicates `rows`, under a random mask; the rate drops tenfold
-    at step 20."""
-    settings = {"momentum": 0.9, "weight_decay": 1e-3, **settings}
-    step = engine.StepSettings(
-        batch_size=32, pad=1, flip=True, graph=graph, bf16=precision == "bf16",
-        checkpoint_every=1e9, **settings,
-    )  # fmt: skip
+def training(graph=True, precision="fp32", stop=24, depth=8, **more) -> engine.Training:
+    """Of a ResNet on the digits under a random mask; the rate drops tenfold at step 20."""
     width = 4 if torch.cuda.get_device_name() == simulated_cuda.NAME else 16
-    model = common.ResNet(depth, width, 1, 10)
-    networks = engine.Networks(model, len(rows), DEVICE)
-    mask = torch.rand(networks.mask.shape[1], generator=torch.Generator().manual_seed(0)) < 0.8
-    data, streams = digits(), []
-    everything = torch.arange(len(data.train_labels), device=DEVICE)
-    for r, replicate in enumerate(rows):
-        common.initialise_resnet(model, engine.generator(0, "init", replicate))
-        networks.load(r, model.state_dict())
-        networks.set_mask(r, mask)
-        keys = (engine.philox_key(0, purpose, replicate) for purpose in ("order", "augment"))
-        streams.append(engine.Stream(data.train_labels, everything, *keys))
-    schedule = engine.step_schedule(0.1, (20,))
-    return engine.Training(step, data, networks, streams, 0, stop, schedule, frozenset(at), watch)
-
-
-def digits() -> engine.Data:
-    stored = np.load(DIGITS)
-    images = torch.from_numpy(stored["images"])[..., None].to(DEVICE)
-    labels = torch.from_numpy(stored["labels"].astype(np.int64)).to(DEVICE)
-    scale, shift = torch.full((1,), 1 / 96, device=DEVICE), torch.full((1,), -0.8, device=DEVICE)
-    parts = images[:-360], labels[:-360], images[-360:], labels[-360:]
-    return engine.Data("digits", *parts, [str(c) for c in range(10)], "", scale, shift)
+    usual = {"model": common.ResNet(depth, width, 1, 10), "alive": 0.8, "drop": 20, "flip": True}
+    usual |= {"device": DEVICE, "graph": graph, "bf16": precision == "bf16", "weight_decay": 1e-3}
+    return conftest.training(stop=stop, **usual | more)
 
 
 def finish(t: engine.Training, start: int | None = None) -> engine.Networks:

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import common
 import grid
 
-ROOT = Path(__file__).resolve().parent.parent
 PAPER = ("cifar10", "cifar100", "cinic10")
 REPLICATES = {"imp": "0-3", "pretrain": "0-3", "lmc": "0-1", "warmup": "0-7", "el2n": None}
 

@@ -10,10 +10,10 @@ from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
+import plain
 import pytest
 import torch
-import torch.nn.utils.prune
-from conftest import ROOT, digits, same, study_of
+from conftest import ROOT, contents, digits, same, study_of
 
 import common
 import engine
@@ -28,33 +28,6 @@ DROPS = (10, 15)  # the preset's 300 and 450 of 600 steps, at their share of 20
 
 def levels_of(folder, count: int) -> list[dict]:
     return [runs.read_tensors(folder / f"level{k:02d}.pt") for k in range(count)]
-
-
-def contents(folder) -> dict:
-    """Every file but the locks, which tell of processes."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-    return {p.relative_to(folder): p.read_bytes() for p in files}
-
-
-def plain_resnet(state: dict, masks: dict | None = None, width: int = 4) -> torch.nn.Module:
-    """A saved network as an ordinary module in float64, in eval mode, by PyTorch's pruning."""
-    module = common.ResNet(8, width, 1, 10)
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
-    for name, mask in (masks or {}).items():
-        torch.nn.utils.prune.custom_from_mask(module.get_submodule(name), "weight", mask)
-    return module.double().eval()
-
-
-def softmax_of(module, images, data) -> np.ndarray:
-    x = images.double() * data.scale.double() + data.shift.double()
-    with torch.no_grad():
-        return module(x.permute(0, 3, 1, 2)).softmax(-1).numpy()
-
-
-def plain_accuracy(module, data) -> float:
-    p = softmax_of(module, data.test_images, data)
-    return float((p.argmax(1) == data.test_labels.numpy()).mean())
 
 
 # ---- pruning -------------------------------------------------------------------------------------
@@ -75,21 +48,6 @@ def test_the_ceiling_is_that_of_the_decimal_fraction():
     assert math.ceil(0.14 * 50) == 8
     mask = imp.prune(torch.arange(1.0, 51), torch.ones(50, dtype=torch.bool), 0.14)
     assert mask.nonzero()[:, 0].tolist() == [*range(7, 50)]
-
-
-@pytest.mark.parametrize("fraction", [0.2, 0.1, 0.3])
-def test_exactly_the_ceiling_goes_at_every_level(fraction):
-    draw, live = torch.Generator().manual_seed(0), 4096
-    mask, exact = torch.ones(live, dtype=torch.bool), Fraction(str(fraction))
-    for _ in range(15):
-        weights = torch.randn(live + 9, generator=draw)  # weights beyond P are not prunable
-        pruned = imp.prune(weights, mask, fraction)
-        r = int(mask.sum())
-        assert int(pruned.sum()) == r - math.ceil(exact * r)
-        assert not (pruned & ~mask).any()
-        magnitudes = weights[:live].abs()
-        assert magnitudes[mask & ~pruned].max() <= magnitudes[pruned].min()
-        mask = pruned
 
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
@@ -126,19 +84,17 @@ def test_algorithm_1_to_the_letter(stage, tmp_path):
     networks = retrained(start["model"], levels[2]["mask"], 5)
     assert same(networks.state(0), levels[2]["model"])
 
-    data, numbers = digits(), result["levels"]
-    errors, labels = np.load(folder / "projected_error.npy"), data.train_labels.numpy()
-    assert errors.shape == (4, 1437)
-    for k, level in enumerate(levels):
-        accuracy = plain_accuracy(plain_resnet(level["model"]), data)
-        assert math.isclose(numbers[k]["test_accuracy"], accuracy)
-        alive = flat(level["mask"]).double().mean().item()
-        assert math.isclose(numbers[k]["weights_remaining"], alive)
-        projected = plain_resnet(start["model"], level["mask"])
-        accuracy = plain_accuracy(projected, data)
-        assert math.isclose(numbers[k]["projected_test_accuracy"], accuracy)
-        expected = softmax_of(projected, data.train_images, data) - np.eye(10)[labels]
-        np.testing.assert_allclose(errors[k], np.linalg.norm(expected, axis=1), atol=1e-5)
+    data, errors = digits(), np.load(folder / "projected_error.npy")
+    for numbers, level, error in zip(result["levels"], levels, errors, strict=True):
+        projected = plain.network(start["model"], level["mask"])
+        for key, wanted in {
+            "test_accuracy": plain.accuracy(plain.network(level["model"])),
+            "weights_remaining": flat(level["mask"]).double().mean().item(),
+            "projected_test_accuracy": plain.accuracy(projected),
+        }.items():
+            assert math.isclose(numbers[key], wanted)
+        z = plain.logits(projected, data.train_images)
+        np.testing.assert_allclose(error, plain.losses(z, data.train_labels)[2], atol=1e-5)
 
 
 def test_rewind_0_is_the_initialisation(stage, tmp_path):
@@ -290,13 +246,10 @@ def test_a_level_that_diverges_says_step_and_rate(stage, tmp_path):
 def test_a_call_passes_on_switches_lists_and_ranges_and_refuses_other_words():
     parser = imp.flags()
     settings = {"flip": False, "quiet": True, "balance": False, "size": None, "label_noise": 0.1}
-    settings |= {"replicate": range(3), "milestones": [3, 9], "prune_fraction": 0.5}
+    settings |= {"replicate": range(3), "milestones": [3, 9]}
     called = parser.parse_args(options.as_words(parser, settings))
     words = "--no-flip --quiet --label-noise 0.1 --replicate 0-2 --milestones 3,9"
-    assert called == parser.parse_args([*words.split(), "--prune-fraction", "0.5"])
-    assert called.flip is False and called.quiet is True and called.balance is False
-    assert (called.replicate, called.milestones) == ((0, 1, 2), (3, 9))
-    assert (called.label_noise, called.prune_fraction, called.size) == (0.1, 0.5, 256)
+    assert called == parser.parse_args(words.split())
     with pytest.raises(dataclasses.FrozenInstanceError):
         called.levels = 3
     with pytest.raises(UserError, match=r"^levles is no setting \(did you mean levels\?\)$"):
@@ -317,13 +270,12 @@ def test_a_result_in_plain_pytorch_and_back(stage, tmp_path):
     zeros = sum(int((saved["model"][f"{k}.weight"] == 0).sum()) for k in saved["mask"])
     total = sum(m.numel() for m in saved["mask"].values())
     assert math.isclose(1 - zeros / total, result["levels"][1]["weights_remaining"])
-    module = plain_resnet(saved["model"], saved["mask"])
-    assert math.isclose(plain_accuracy(module, digits()), result["levels"][1]["test_accuracy"])
+    accuracy_1 = plain.accuracy(plain.network(saved["model"], saved["mask"]))
+    assert math.isclose(accuracy_1, result["levels"][1]["test_accuracy"])
     start = torch.load(path.with_name("pretrained.pt"), weights_only=True)["model"]
     torch.save(start, tmp_path / "w.pt")
     flags = ("--width", 4, "--steps", 20, "--levels", 0, "--init", tmp_path / "w.pt")
-    with pytest.raises(UserError, match="give --rewind, the step it was trained to"):
-        stage("imp", *flags)
+
     [foreign] = stage("imp", *flags, "--rewind", 5)
     assert foreign["levels"][0]["test_accuracy"] == accuracy[0][0]
 
@@ -338,7 +290,7 @@ def measured(stage, tmp_path):
 
 def test_verify_measures_every_level_again_and_writes_nothing(measured, tmp_path, monkeypatch):
     folder, verify = measured
-    before, data = contents(tmp_path), digits()
+    before = contents(tmp_path)
     monkeypatch.setattr(engine, "train", None)
     rows = verify()
     files = [folder / f"rep{r}/level{k:02d}.pt" for r in (0, 1) for k in range(3)]
@@ -346,7 +298,7 @@ def test_verify_measures_every_level_again_and_writes_nothing(measured, tmp_path
     for row, file in zip(rows, files, strict=True):
         saved = torch.load(file, weights_only=True)
         assert row["measured"] == row["recorded"]
-        assert math.isclose(row["measured"], plain_accuracy(plain_resnet(saved["model"]), data))
+        assert math.isclose(row["measured"], plain.accuracy(plain.network(saved["model"])))
         alive = torch.cat([m.flatten() for m in saved["mask"].values()]).double().mean().item()
         assert math.isclose(row["weights_remaining"], alive)
     assert [row["file"] for row in verify(folder / "rep1")] == [str(f) for f in files[3:]]

@@ -194,14 +194,11 @@ def test_short_floats_are_exact(tmp_path, dtype):
 
 
 def test_sparse_layout(tmp_path, capsys):
-    assert_equal(
-        read(tmp_path / "a.pt", PRUNED | {"head.weight": PRUNED["head.weight"].to_sparse()}).state,
-        PRUNED,
-    )
-    zeros = sum(int((~m).sum()) for m in MASKS.values())
-    total = sum(m.numel() for m in MASKS.values())
-    line = f"--init it: {zeros} of {total} prunable weights are zero, but no mask keeps them so"
-    assert line in capsys.readouterr().err
+    sparse = PRUNED | {"head.weight": PRUNED["head.weight"].to_sparse()}
+    assert_equal(read(tmp_path / "a.pt", sparse).state, PRUNED)
+    masks = torch.cat([m.flatten() for m in MASKS.values()])
+    line = f"{int((~masks).sum())} of {len(masks)} prunable weights are zero, but no mask keeps"
+    assert f"--init it: {line} them so" in capsys.readouterr().err
 
 
 # ---- with masks ----------------------------------------------------------------------------------
@@ -223,16 +220,13 @@ def test_torch_pruning_buffers(tmp_path, form, capsys):
 
 
 def test_pruned_bias_may_regrow(tmp_path, capsys):
-    bias = {"head.bias_orig": STATE["head.bias"], "head.bias_mask": torch.tensor([1.0, 0, 0, 1])}
-    content = {k: v for k, v in torch_pruned("head").items() if k != "head.bias"} | bias
+    mask = torch.tensor([1.0, 0, 0, 1])
+    content = torch_pruned("head") | {"head.bias_orig": STATE["head.bias"], "head.bias_mask": mask}
+    del content["head.bias"]
     network = read(tmp_path / "a.pt", content)
-    assert (
-        network.state["head.bias"].tolist()
-        == (STATE["head.bias"] * bias["head.bias_mask"]).tolist()
-    )
-    assert (
-        "--init it: head.bias masked in the file but not prunable here" in capsys.readouterr().err
-    )
+    assert torch.equal(network.state["head.bias"], STATE["head.bias"] * mask)
+    line = "--init it: head.bias masked in the file but not prunable here"
+    assert line in capsys.readouterr().err
 
 
 def test_equal_networks_keep_the_mask(tmp_path):
@@ -262,10 +256,8 @@ def test_our_own_files(tmp_path, capsys):
     runs.write_tensors(tmp_path / "b.pt", ours | {"model": STATE})  # regrown: field case 08
     assert_equal(read(tmp_path / "b.pt").state, PRUNED)
     cut = sum(int((~m).sum()) for m in MASKS.values())
-    assert (
-        f"--init it: {cut} nonzero weights outside the mask were set to zero"
-        in capsys.readouterr().err
-    )
+    line = f"--init it: {cut} nonzero weights outside the mask were set to zero"
+    assert line in capsys.readouterr().err
 
     w_tr = {"model": STATE, "step": 20, "data": "x", "diverged": -1, "tracked": {"w": BEGUN}}
     runs.write_tensors(tmp_path / "c.pt", w_tr)
@@ -287,8 +279,8 @@ def test_our_own_files(tmp_path, capsys):
 
 
 def test_a_mask_beside_someone_elses_network(tmp_path, capsys):
-    content = {"state_dict": STATE, "masks": {f"{k}.weight": v.float() for k, v in MASKS.items()}}
-    content["masks"] = {PRUNABLE[k]: v.float() for k, v in MASKS.items()}
+    masks = {PRUNABLE[k]: v.float() for k, v in MASKS.items()}
+    content = {"state_dict": STATE, "masks": masks}
     network = read(tmp_path / "a.pt", content)
     assert_equal(network.state, PRUNED)
     assert_masks(network.masks)
@@ -322,54 +314,46 @@ def without(*names: str) -> dict:
     return {k: v for k, v in STATE.items() if k not in names}
 
 
+def but(name: str, value) -> dict:
+    return STATE | {name: value}
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+NORMED = {"head.weight_g": torch.ones(4, 1), "head.weight_v": STATE["head.weight"]}
+NO_MASK = {"head.weight_mask": STATE["head.weight"]}
 WRONG = {
     "missing head.bias": without("head.bias"),
-    "has 13 tensors, this network has 12: unexpected aux.weight": STATE
-    | {"aux.weight": torch.ones(2)},
-    r"head.weight is \(7, 2\), this network's \(4, 2\): a classifier with 7 outputs": weights(
-        0, classes=7
-    ),
+    "has 13 tensors, this network has 12: unexpected aux.weight": but("aux.weight", torch.ones(2)),
+    r"head.weight is \(7, 2\), this .* \(4, 2\): a classifier with 7": weights(0, classes=7),
     r"features.0.weight is \(5, 2, 3\), this network's \(3, 2, 3\)": {"net": weights(0, width=5)},
     r'"net" has 11 tensors, this network has 12: missing head.bias': {"net": without("head.bias")},
-    r"has 2 tensors \(conv1.weight, fc.bias\), none of this network's 12": {
-        "conv1.weight": torch.ones(2),
-        "fc.bias": torch.ones(2),
-    },
-    r"several matching networks \(model, best_model\): save only the": {
-        "model": STATE,
-        "best_model": BEGUN,
-    },
-    r"several matching networks \(student, teacher\)": with_prefix("student.")
-    | with_prefix("teacher.", BEGUN),
+    r"has 2 tensors \(head.weight_g, head.weight_v\), none of this network's 12": NORMED,
+    r"matching networks \(model, best_model\): save only": {"model": STATE, "best_model": BEGUN},
+    r"several matching networks \(a, b\)": with_prefix("a.") | with_prefix("b.", BEGUN),
     '"mask" is not a dict of masks by layer': {"net": STATE, "mask": [*MASKS.values()]},
-    r"\(the outermost, optimizer.momentum\)": STATE | {"optimizer": {"momentum": BEGUN}},
-    "features.0.weight is torch.int8": STATE
-    | {"features.0.weight": STATE["features.0.weight"].char()},
-    "head.bias contains NaN": STATE | {"head.bias": torch.full((4,), torch.nan)},
-    "head.bias contains infinite values": STATE
-    | {"head.bias": torch.full((4,), 1e39, dtype=torch.double)},
-    "features.1.running_var contains infinite": STATE
-    | {"features.1.running_var": torch.full((3,), torch.inf)},
+    r"\(the outermost, optimizer.momentum\)": but("optimizer", {"momentum": BEGUN}),
+    "features.0.weight is torch.int8": but("features.0.weight", STATE["features.0.weight"].char()),
+    "head.bias contains NaN": but("head.bias", torch.full((4,), torch.nan)),
+    "head.bias contains infinite": but("head.bias", torch.full((4,), 1e39, dtype=torch.double)),
+    "1.running_var contains infinite": but("features.1.running_var", torch.full((3,), torch.inf)),
     r"contains no network \(found a list of length 2\)": [1, 2],
     r"contains no network \(found a Tensor of length 3\)": torch.ones(3),
     r"contains no network \(found a dict of length 1 with 1\)": {1: torch.ones(3)},
     "head.weight parametrized as head.weight_g, head.weight_v: before saving, run": without(
         "head.weight"
     )
-    | {"head.weight_g": torch.ones(4, 1), "head.weight_v": STATE["head.weight"]},
+    | NORMED,
     "head.weight parametrized as head.parametrizations.weight.original: ": renamed(
         "head.weight", "head.parametrizations.weight.original"
     ),
-    "head.weight_mask is not a mask": torch_pruned("head")
-    | {"head.weight_mask": STATE["head.weight"]},
+    "head.weight_mask is not a mask": torch_pruned("head") | NO_MASK,
     r"is a pickled module \(test_inputs.Net": Net(),
-    r"a pickled module .*only the weights: torch.save\(model.state_dict\(\),": {
-        "net": nn.Linear(2, 2)
-    },
-    r"contains pickled objects \(io.open\), which can run code when loaded; if you": {
-        "w": STATE,
-        "x": type("H", (), {"__reduce__": lambda self: (open, ("pwned", "w"))})(),
-    },
+    r"a pickled module .*only the weights: torch.save\(model.state_dict\(\),": {"net": Net().head},
+    r"contains pickled objects \(io.open\), which can run code": {"w": STATE, "x": Hostile()},
 }
 
 
@@ -439,6 +423,17 @@ def test_files_of_other_kinds(tmp_path, monkeypatch):
         with pytest.raises(UserError) as e:
             read(Path(name))
         assert str(e.value).startswith(f"--init it {line}")
+    Path("cut.npy").write_bytes(Path("a.npy").read_bytes()[:-3])
+    for name, line in {
+        "a.npz": "is an .npz archive; expected an .npy",
+        "a.pt": "is a torch.save file; expected an .npy",
+        "nothing": "does not exist",
+        "cut.npy": "is .*damaged",
+    }.items():
+        with pytest.raises(UserError, match=f"^--indices {name} {line}"):
+            inputs.read_indices(Path(name), 10, f"--indices {name}")
+        with pytest.raises(UserError, match=f"^--scores {name} {line}"):
+            inputs.check_scores_file(Path(name), 10)
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -551,25 +546,6 @@ def test_what_are_no_indices(tmp_path, value, line):
     with pytest.raises(UserError) as e:
         inputs.read_indices(saved(tmp_path / "a", value), 10, "--indices it")
     assert str(e.value).startswith(f"--indices it{line}")
-
-
-@pytest.mark.parametrize("flag", ["--indices", "--scores"])
-def test_other_kinds_for_an_array(tmp_path, flag):
-    def read(path):
-        if flag == "--scores":
-            return inputs.check_scores_file(path, 10)
-        return inputs.read_indices(path, 10, f"--indices {path}")
-
-    np.savez(tmp_path / "a.npz", a=np.arange(3))
-    torch.save(torch.arange(3), tmp_path / "a.pt")
-    for name, kind in {"a.npz": "an .npz archive", "a.pt": "a torch.save file"}.items():
-        with pytest.raises(UserError, match=rf"{flag} .*/{name} is {kind}; expected an \.npy"):
-            read(tmp_path / name)
-    with pytest.raises(UserError, match=f"{flag} .*/nothing does not exist"):
-        read(tmp_path / "nothing")
-    whole = saved(tmp_path / "a.npy", np.arange(5)).read_bytes()
-    with pytest.raises(UserError, match=rf"{flag} .*damaged"):
-        read(saved(tmp_path / "cut.npy", whole[:-3]))
 
 
 def test_scores(tmp_path):

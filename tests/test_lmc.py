@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import digits, parse, study_of
@@ -49,16 +50,14 @@ def states(out, **where) -> list[dict]:
     return [runs.read_tensors(folder(out, **where) / f"child{c}.pt")["model"] for c in range(3)]
 
 
-def as_module(state: dict) -> torch.nn.Module:
-    """A saved network in float64, in eval mode."""
-    module = common.ResNet(8, 4, 1, 10)
-    missing = module.load_state_dict(state, strict=False).missing_keys
-    assert all(k.endswith("num_batches_tracked") for k in missing)
-    return module.double().eval()
-
-
 def children(out, **where) -> list[torch.nn.Module]:
-    return [as_module(state) for state in states(out, **where)]
+    return [plain.network(state) for state in states(out, **where)]
+
+
+def losses(module) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropy and error of every training image, (N,) float64."""
+    data = digits()
+    return plain.losses(plain.logits(module, data.train_images), data.train_labels)[:2]
 
 
 def mixed(a, b, alpha: float) -> torch.nn.Module:
@@ -69,30 +68,14 @@ def mixed(a, b, alpha: float) -> torch.nn.Module:
     return module
 
 
-def losses(module, data) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-entropy and error of every training image, (N,) float64, in NumPy."""
-    scale, shift = data.scale.double(), data.shift.double()
-    with torch.no_grad():
-        z = module((data.train_images.double() * scale + shift).permute(0, 3, 1, 2)).numpy()
-    y = data.train_labels.numpy()
-    top = z.max(1)
-    loss = np.log(np.exp(z - top[:, None]).sum(1)) + top - z[np.arange(len(y)), y]
-    return loss, (z.argmax(1) != y).astype(float)
-
-
-def barriers(modules, data, alphas) -> np.ndarray:
+def barriers(modules, alphas) -> np.ndarray:
     """(2, pairs, A, N): loss and error barriers."""
-    ends = [losses(m, data) for m in modules]
-    pairs = itertools.combinations(range(len(modules)), 2)
-    each = [
-        [
-            [m - (1 - a) * x - a * y for m, x, y in zip(mid, ends[i], ends[j], strict=True)]
-            for a in alphas
-            for mid in [losses(mixed(modules[i], modules[j], a), data)]
-        ]
-        for i, j in pairs
-    ]
-    return np.array(each).transpose(2, 0, 1, 3)
+    ends, found = [losses(m) for m in modules], []
+    for i, j in itertools.combinations(range(len(modules)), 2):
+        for a in alphas:
+            middle = losses(mixed(modules[i], modules[j], a))
+            found.append(np.array(middle) - (1 - a) * np.array(ends[i]) - a * np.array(ends[j]))
+    return np.array(found).reshape(-1, len(alphas), 2, 1437).transpose(2, 0, 1, 3)
 
 
 def agree(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -101,12 +84,15 @@ def agree(found: np.ndarray, wanted: np.ndarray) -> None:
     assert (found[1] != wanted[1]).mean() < 1e-3
 
 
+def barrier_pairs(where) -> np.ndarray:
+    return np.array([np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")])
+
+
 def test_midpoint_against_averaged_state_dicts(done):
     out, results = done
     where = folder(out)
-    wanted = barriers(children(out), digits(), [0.5])[:, :, 0]
-    found = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
-    agree(np.array(found), wanted)
+    wanted = barriers(children(out), [0.5])[:, :, 0]
+    agree(barrier_pairs(where), wanted)
     mean = np.load(where / "loss_barrier.npy")
     assert mean.dtype == np.float32
     assert np.allclose(mean, wanted[0].mean(0), rtol=1e-4, atol=2e-4)
@@ -117,17 +103,16 @@ def test_midpoint_against_averaged_state_dicts(done):
     assert result["connected"] == (result["error_barrier"] < 0.02)
     assert [p["children"] for p in result["pairs"]] == [[0, 1], [0, 2], [1, 2]]
     assert len({r["pretrain"]["fingerprint"] for r in results}) == 4
-    ends = [losses(m, digits())[0].mean() for m in children(out)]
+    ends = [losses(m)[0].mean() for m in children(out)]
     assert [c["train_loss"] for c in result["children"]] == pytest.approx(ends, rel=1e-5)
 
 
 def test_supremum_per_pair_and_per_example(done, copied):
     grid = [0, 0.25, 0.5, 0.75, 1]
     run(copied, "--rewind 10 --alphas 5")
-    wanted = barriers(children(copied), digits(), grid)
+    wanted = barriers(children(copied), grid)
     where = folder(copied)
-    found = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
-    agree(np.array(found), wanted.max(2))
+    agree(barrier_pairs(where), wanted.max(2))
     result = json.loads((where / "result.json").read_text())
     assert result["alphas"] == grid
     for pair, loss in zip(result["pairs"], wanted[0], strict=True):
@@ -147,8 +132,7 @@ def test_recompute_against_the_mean_of_the_batches(done):
         for m in norms:
             m.momentum = 1.0  # the statistics of the last batch alone
         for i in batches:
-            x = data.train_images[torch.from_numpy(i)].double() * data.scale + data.shift
-            module(x.permute(0, 3, 1, 2))
+            module(plain.images(data, data.train_images[torch.from_numpy(i)]))
             seen.append([(m.running_mean.clone(), m.running_var.clone()) for m in norms])
         for k, m in enumerate(norms):
             m.running_mean.copy_(sum(x[k][0] for x in seen) / len(seen))
@@ -156,9 +140,9 @@ def test_recompute_against_the_mean_of_the_batches(done):
         return module.eval()
 
     ends = children(out)
-    ends_losses = [losses(recomputed(m), data)[0] for m in ends]
+    ends_losses = [losses(recomputed(m))[0] for m in ends]
     for p, (i, j) in enumerate(found["pairs"]):
-        middle = losses(recomputed(mixed(ends[i], ends[j], 0.5)), data)[0]
+        middle = losses(recomputed(mixed(ends[i], ends[j], 0.5)))[0]
         wanted = middle - (ends_losses[i] + ends_losses[j]) / 2
         assert np.allclose(found["loss_barrier_pairs"][p], wanted, rtol=1e-3, atol=1e-3)
 
@@ -254,7 +238,7 @@ def test_a_child_that_diverges_ends_the_run(tmp_path):
     with pytest.raises(runs.UserError, match="child 0 from step 0 diverged"):
         run(tmp_path, "--rewind 0 --lr 1e6")
     [path] = tmp_path.glob("lmc/*/*/rep0/result.json")
-    assert json.loads(path.read_text())["loss_barrier"] is None
+    assert runs.read_json(path)["loss_barrier"] is None
 
 
 def test_between_saved_levels(tmp_path):
@@ -264,14 +248,12 @@ def test_between_saved_levels(tmp_path):
     networks = [runs.read_tensors(path)["model"] for path in levels]
     measured = lmc.measure(study(), networks)
     where = next(tmp_path.glob("lmc/*/between-level00+level01-*/rep0"))
-    saved = [np.load(where / f"{k}_barrier_pairs.npy") for k in ("loss", "error")]
-    for kind, array in zip(("loss", "error"), saved, strict=True):
-        assert np.array_equal(array, measured[f"{kind}_barrier_pairs"])
+    for kind in ("loss", "error"):
+        saved = np.load(where / f"{kind}_barrier_pairs.npy")
+        assert np.array_equal(saved, measured[f"{kind}_barrier_pairs"])
         assert result["pairs"][0][f"{kind}_barrier"] == measured[f"{kind}_at"].item()
-    wanted = barriers([as_module(x) for x in networks], digits(), [0.5])[:, :, 0]
-    agree(np.array(saved), wanted)
-    for child, path, network in zip(result["children"], levels, networks, strict=True):
-        assert child["file"] == str(path)
-        assert child["train_loss"] == pytest.approx(
-            losses(as_module(network), digits())[0].mean(), rel=1e-5
-        )
+    modules = [plain.network(x) for x in networks]
+    agree(barrier_pairs(where), barriers(modules, [0.5])[:, :, 0])
+    assert [child["file"] for child in result["children"]] == [*map(str, levels)]
+    ends = [losses(m)[0].mean() for m in modules]
+    assert [child["train_loss"] for child in result["children"]] == pytest.approx(ends, rel=1e-5)

@@ -3,7 +3,6 @@ begun. Then made-up ones, by hypothesis: never a traceback."""
 
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -26,11 +25,6 @@ DATA = conftest.ROOT / "data"
 BEGUN = conftest.ROOT / "tests/runs/format2/begun"  # a folder of results
 
 
-class Hostile:
-    def __reduce__(self):
-        return (open, ("pwned", "w"))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder of files that do not fit, each for a reason that its name tells."""
@@ -47,16 +41,13 @@ def files(tmp_path_factory):
         "long": {"step": 600},
     }.items():
         runs.write_tensors(place / f"{name}.pt", start | changes)
-    good = (place / "good.pt").read_bytes()
-    (place / "cut.pt").write_bytes(good[: len(good) // 2])
-    torch.save({"weights": Hostile()}, place / "hostile.pt")
+
     torch.save(model, place / "foreign.pt")
     for folder in ("folder", "no-images/train/cat"):
         (place / folder).mkdir(parents=True)
     (place / "text.txt").write_text("hello")
     (place / "few.txt").write_text("3\n1\n")
     (place / "model.py").write_text("def small(channels, classes):\n    return 3\n")
-    os.mkfifo(place / "pipe")
 
     scores = np.linspace(0, 1, N).astype(np.float32)
     about = {"metric": "el2n", "label_noise": [0.0, 0], "data": data.fingerprint}
@@ -70,7 +61,7 @@ def files(tmp_path_factory):
         np.save(place / f"{name}.npy", scores)
         runs.write_json(place / f"{name}.json", about | changes)
     np.save(place / "short.npy", scores[:-1])
-    np.save(place / "hostile.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
+
     return place
 
 
@@ -128,7 +119,6 @@ WRITTEN = {  # stage -> words -> what the line says
         "--subset random --scores short.npy": "--scores goes with --subset easy or hard",
         "--indices few.txt --size 2": "--indices is the subset: leave out --size",
         "--indices few.txt": "--indices few.txt: 2, fewer than --batch-size 64",
-        "--indices text.txt": "--indices text.txt: line 1 is 'hello', not an integer",
         "--rewind 600": r"--rewind 600: not before the end of training \(--steps 600\)",
         "--width 1025": "'1025' is not a whole number at least 1 and at most 1024",
         "--depth 2": "--depth 2: a ResNet has 8",
@@ -153,14 +143,10 @@ WRITTEN = {  # stage -> words -> what the line says
         "--out text.txt/x": "text.txt/x.*: Not a directory",
         # the network
         "--model model.py:small --depth 8": "--depth belongs to the ResNet: leave it out with --mo",
-        "--model model.py": "--model model.py: expected FILE.py:FUNCTION",
-        "--model model.py:smal": "--model model.py:smal: .*small",
         "--model model.py:small": "--model model.py:small: ",
         # w_tr and masks
         "--init nothing.pt": "--init nothing.pt does not exist",
         "--init folder": "--init folder/rep0/pretrained.pt does not exist",
-        "--init pipe": "--init pipe is not a regular file",
-        "--init text.txt": "--init text.txt is a text file",
         "--init good.pt --subset easy": "--init brings its own pre-training: leave out --subset",
         "--init good.pt --label-noise 0.1": "--init brings its own pre-training: leave out --label",
         "--init good.pt --rewind 9": "--init good.pt: trained for 20 steps, not --rewind 9",
@@ -171,15 +157,10 @@ WRITTEN = {  # stage -> words -> what the line says
         "--init diverged.pt": "--init diverged.pt: diverged at step 7",
         "--init long.pt": "long.pt: trained to step 600 of --steps 600",
         "--init foreign.pt": "--init foreign.pt: give --rewind, the step it was trained to",
-        "--init cut.pt": "--init cut.pt is damaged",
-        "--init hostile.pt": "--init hostile.pt contains pickled objects .* run code when loaded",
         "--init good.pt --mask good.pt": "--mask good.pt has .* stem.0 that is not a mask",
         "--mask good.pt --control shuffle": "--control makes masks of its own: leave out --mask",
         "--verify folder": "--verify folder: no config.json there",
         # scores
-        "--scores nothing.npy": "--scores nothing.npy does not exist",
-        "--scores folder": "--scores folder is a folder",
-        "--scores hostile.npy": "--scores hostile.npy is not an .npy, or damaged",
         "--scores short.npy": r"float32 \(1436,\), expected one score for each of 1437 examples",
         "--scores altered.npy": "altered.npy: damaged, its checksum in altered.json",
         "--scores others-data.npy": "made from other data than digits",
@@ -268,8 +249,7 @@ def test_mistakes_get_one_clear_line(files, tmp_path, capsys, monkeypatch, stage
             words += ["--subset", "random"]
     err = refuse(stage, words, capsys, monkeypatch)
     assert re.search(match, err), err
-    left = [p for p in tmp_path.rglob("*") if p != tmp_path / "results"]
-    assert not left and not (files / "pwned").exists()  # nothing was begun, nothing executed
+    assert not [p for p in tmp_path.rglob("*") if p != tmp_path / "results"]  # nothing was begun
 
 
 @pytest.mark.parametrize(
@@ -284,6 +264,11 @@ def test_mistakes_get_one_clear_line(files, tmp_path, capsys, monkeypatch, stage
         (["--only", "fig99"], "no run is for fig99"),
         (["--grid", "nothing.sh"], "--grid nothing.sh: no such file"),
         (["--dataset", "folder", "--preset", "mnist"], "--preset mnist: not one of digits"),
+        (["--list", "--only", "fig2,fig99"], "no run is for fig99"),
+        (["--list", "--only", "fig7", "--dataset", "cifar10"], "no run is for"),
+        (["--list", "--out", "two\nlines"], "--out"),
+        (["--list", "--wave", "5"], "argument --wave: invalid choice: 5"),
+        (["--list", "--slurm", "--rate", "0"], "--rate 0"),
     ],
 )
 def test_mistakes_of_run_all(files, flags, match):
@@ -371,8 +356,6 @@ def example(kind: str) -> bytes:
 def same(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, torch.Tensor | np.ndarray):
         return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
     return a == b
@@ -413,14 +396,3 @@ def test_a_bomb_in_an_archive_is_not_unpacked(tmp_path):
         f.writestr("labels.npy", content + bytes(10**6))
     with pytest.raises(UserError, match=r"digits\.npz is damaged"):
         common.load_digits(tmp_path)
-
-
-@settings(BOUNDED)
-@given(st.binary(max_size=300))
-def test_any_log_is_read_or_begun_anew(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "log.csv").write_bytes(content)
-    run = runs.Run(folder, 0, {"replicate": 0}, {}, {}, {"torch": "x"})
-    run.log("level00", 3, loss=1.5)
-    run.held.close()
-    assert (folder / "log.csv").read_bytes().decode().splitlines()[-1].startswith("level00,3")

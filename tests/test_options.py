@@ -1,6 +1,5 @@
 """Settings: flags, presets, names of folders, and what a run was made from."""
 
-import dataclasses
 import itertools
 import json
 import runpy
@@ -22,13 +21,6 @@ TINY = ("--width", 2, "--subset", "random", "--size", 64, "--rewind", 3, "--step
 
 
 # ---- flags and presets ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_option_is_read_by_a_function_unless_it_is_a_switch(stage):
-    kind = __import__(stage).flags().kind
-    for field in dataclasses.fields(kind):
-        assert (field.metadata["parse"] is None) == (field.type is bool), field.name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import numpy as np
+import plain
 import torch
 import torch.nn.functional as F
 from conftest import digits, study_of
@@ -65,21 +66,14 @@ def test_learning_curves_end_at_the_accuracies_of_w_tr(stage, tmp_path):
     assert [int(r["step"]) for r in rows] == [0, 4, 8]
     easy = np.argsort(scores)[:128]
     assert np.load(folder / "subset.npy").tolist() == sorted(easy.tolist())
-    data, model = digits(), common.ResNet(8, 4, 1, 10).eval()
-    model.load_state_dict(runs.read_tensors(folder / "pretrained.pt")["model"], strict=False)
-
-    def right(images, labels):
-        x = (images * data.scale + data.shift).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            return (model(x).argmax(1) == labels).double()
-
-    test = right(data.test_images, data.test_labels).mean().item()
-    train = right(data.train_images, data.train_labels)
-    last = rows[-1]
+    data, last = digits(), rows[-1]
+    model = plain.network(runs.read_tensors(folder / "pretrained.pt")["model"])
+    wrong = plain.losses(plain.logits(model, data.train_images), data.train_labels)[1]
+    test = plain.accuracy(model)
     assert math.isclose(float(last["test_accuracy"]), test)
     assert math.isclose(result["pretrain"]["test_accuracy"], test)
-    assert math.isclose(float(last["train_accuracy"]), train.mean().item())
-    assert math.isclose(float(last["easy_accuracy"]), train[torch.from_numpy(easy)].mean().item())
+    assert math.isclose(float(last["train_accuracy"]), 1 - wrong.mean())
+    assert math.isclose(float(last["easy_accuracy"]), 1 - wrong[easy].mean())
 
 
 def test_w_tr_is_that_of_imp_and_is_taken_by_it(stage, tmp_path):

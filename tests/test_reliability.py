@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, contents
 from torture import first_difference, pictures, state_of
 
 import common
@@ -19,7 +20,6 @@ import imp
 import runs
 from runs import UserError
 
-ROOT = Path(runs.__file__).resolve().parent
 SMALL = ("--width", 4, "--batch-size", 32, "--steps", 16, "--milestones", 12)
 IMP = ("imp", "--subset", "random", "--size", 32, "--rewind", 4, "--levels", 2, *SMALL)
 RUNS = {
@@ -34,7 +34,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def torture():
+def tortured():
     """The lines of `torture.py --short`, by part."""
     words = [sys.executable, "tests/torture.py", "--short", "--cases", "imp,el2n"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -44,10 +44,10 @@ def torture():
 
 
 @pytest.mark.parametrize("part", ["kills", "signals", "disk", "crowd", "long"])
-def test_a_disturbed_run_ends_as_an_undisturbed_one(torture, part):
-    assert part in torture and "FAILED" not in torture[part], torture
-    if "not allowed" in torture[part]:
-        pytest.skip(torture[part])
+def test_a_disturbed_run_ends_as_an_undisturbed_one(tortured, part):
+    assert part in tortured and "FAILED" not in tortured[part], tortured
+    if "not allowed" in tortured[part]:
+        pytest.skip(tortured[part])
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -77,10 +77,11 @@ def call(flags, out):
     return module.main(module.flags().parse_args([str(f) for f in (*flags[1:], *words)]))
 
 
-@pytest.fixture
-def copied(done, tmp_path):
-    shutil.copytree(done[0], tmp_path / "results")
-    return tmp_path / "results"
+def assert_state(out, done, stage) -> None:
+    """What is in `out` is what the finished runs of the stage hold."""
+    after = state_of(out)
+    expected = {k: v for k, v in done[1].items() if k.startswith(f"{stage}/")}
+    assert after == expected, first_difference(expected, after)
 
 
 def cut(path: Path, content: bytes) -> bytes:
@@ -142,24 +143,22 @@ def test_damage_is_noticed_and_mended(done, tmp_path, capsys, pattern, stage, da
         path.with_name("result.json").unlink()
     call(RUNS[stage], copied)
     if path.suffix != ".npy" and "scores" not in path.name:
-        assert re.search(
-            f"{path.name} .*: ignoring it; the file will be regenerated", capsys.readouterr().err
-        )
-    after = state_of(copied)
-    expected = {k: v for k, v in done[1].items() if k.startswith(f"{stage}/")}
-    assert after == expected, first_difference(expected, after)
+        line = f"{path.name} .*: ignoring it; the file will be regenerated"
+        assert re.search(line, capsys.readouterr().err)
+    assert_state(copied, done, stage)
 
 
 @pytest.mark.parametrize(
     ("stage", "damage"), [*zip(RUNS, (cut, flip, empty, instead("result.json")), strict=True)]
 )
-def test_a_damaged_config_is_refused_by_name_and_nothing_touched(copied, stage, damage):
-    for path in copied.glob(f"{stage}/*/*/**/config.json"):
+def test_a_damaged_config_is_refused_by_name_and_nothing_touched(done, tmp_path, stage, damage):
+    copied = shutil.copytree(done[0] / stage, tmp_path / stage)
+    for path in copied.rglob("config.json"):
         path.write_bytes(damage(path, path.read_bytes()))
-    before = {p: p.read_bytes() for p in copied.rglob("*.*") if p.is_file() and p.name != ".lock"}
+    before = contents(copied)
     with pytest.raises(UserError, match=r"config\.json .*: --fresh starts the run over"):
-        call(RUNS[stage], copied)
-    assert all(p.read_bytes() == content for p, content in before.items())
+        call(RUNS[stage], tmp_path)
+    assert contents(copied) == before
 
 
 @pytest.mark.parametrize("damage", [cut, "swapped", "both"])
@@ -181,9 +180,7 @@ def test_checkpoints_are_of_their_run_and_step(done, tmp_path, monkeypatch, caps
             (rep0 / name).write_bytes(damage(rep0 / name, (rep0 / name).read_bytes()))
     call(RUNS["imp"], out)
     assert "the file will be regenerated" in capsys.readouterr().err
-    after = state_of(out)
-    expected = {k: v for k, v in done[1].items() if k.startswith("imp/")}
-    assert after == expected, first_difference(expected, after)
+    assert_state(out, done, "imp")
 
 
 def stop_at(limit: int, every: int):
@@ -232,21 +229,3 @@ def test_a_row_that_goes_wrong_stops_alone(tmp_path, bad, step, noted):
     beside, alone = rows[0].get(slice(1, 2)), rows[1].get(slice(0, 1))
     assert beside.keys() == alone.keys()
     assert all(torch.equal(beside[k], alone[k]) for k in beside)
-
-
-@pytest.mark.parametrize("flags", [("--rewind", 1), ("--rewind", 3)])
-def test_no_accuracy_of_a_pretraining_that_diverges(tmp_path, flags, monkeypatch):
-    """result.json has no number of it."""
-    fit = engine.fit
-
-    def fit_and_spoil(t, group, phase, *more):
-        if phase == "pretrain":
-            t.networks.weights[0, 0] = math.nan
-        fit(t, group, phase, *more)
-
-    monkeypatch.setattr(engine, "fit", fit_and_spoil)
-    with pytest.raises(UserError, match="pre-training diverged at step 0"):
-        call((*IMP[:5], *flags, "--levels", 1, *SMALL), tmp_path)
-    [path] = tmp_path.rglob("result.json")
-    result = runs.read_json(path)
-    assert result["pretrain"]["test_accuracy"] is None and result["levels"] == []

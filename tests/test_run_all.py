@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-import runs
-
-ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHELL = "-o $(touch pwned) `touch pwned` 'q\" ;touch pwned; é"  # a name that must not be executed
 # One run that fails, on which one depends, and one that succeeds, on which one depends.
@@ -122,19 +120,6 @@ def test_a_tilde_is_the_home_folder(project, tmp_path):
     for flag in (["--out=~/x"], ["--out", "~/x/"], ["--data-dir=~"]):
         last = project("--list", *flag, "--only=fig2", env=env).stdout.splitlines()[0]
         assert {"--out=/home/me/x", "--data-dir=/home/me"} & {*last.split()}, last
-
-
-def test_mistakes_are_one_line(project):
-    """Beside those of test_mistakes.py."""
-    for wrong in (
-        ["--only", "fig2,fig99"],
-        ["--only", "fig7", "--dataset", "cifar10"],
-        ["--out", "two\nlines"],
-        ["--wave", "5"],
-        ["--slurm", "--rate", "0"],
-    ):
-        done = project("--list", *wrong)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), wrong
 
 
 # ---- on this machine -----------------------------------------------------------------------------
@@ -306,23 +291,3 @@ def test_a_time_limit_that_leaves_no_time(project, tmp_path):
             p.send_signal(signal.SIGUSR1)
             printed = "".join(p.communicate(timeout=20))
         assert said in printed and saved.exists()
-
-
-def test_slurm_requeue_gives_the_same_bits(slurm, tmp_path):
-    """A real run, requeued in the middle of a level, and one that is never interrupted."""
-    small = "--width=4 --batch-size=16 --steps=400 --levels=0 --rewind=0 --subset=all --replicate=0"
-    (tmp_path / "grid.txt").write_text(f"2 fig2 imp digits {small}\n")
-    level = "imp/digits-resnet8x4/all-rewind0-steps400-batch16/rep0/level00.pt"
-    alone = [sys.executable, ROOT / "imp.py", *small.split(), "--quiet", "--out", tmp_path / "a"]
-    subprocess.run(alone, check=True, env=ENV, cwd=ROOT)
-    flags = ["--slurm", "--grid", tmp_path / "grid.txt", "--out", tmp_path / "b"]
-    command = ["bash", ROOT / "run_all.sh", *flags]
-    subprocess.run(command, check=True, env=ENV | slurm, cwd=ROOT)
-    wait_for((tmp_path / "b" / level).with_name("pretrained.pt").exists)
-    time.sleep(0.2)
-    [element] = [x for x, (_, state) in queue(slurm).items() if state == "RUNNING"]
-    ask(slurm, "scancel", "--batch", "--signal=USR1", element)
-    wait_for((tmp_path / "b" / level).with_name("checkpoint.pt").exists, 20)
-    wait_for(lambda: not queue(slurm))
-    first, second = (runs.read_tensors(tmp_path / x / level)["model"] for x in "ab")
-    assert all(first[k].equal(second[k]) for k in first) and first.keys() == second.keys()

@@ -8,9 +8,10 @@ import json
 import shutil
 
 import numpy as np
+import plain
 import pytest
 import torch
-from conftest import ROOT, digits, same, study_of
+from conftest import ROOT, contents, same, study_of
 
 import common
 import engine
@@ -26,11 +27,6 @@ RUN = "imp/digits-resnet8x2/easy128-rewind6-steps40-drops30"
 @pytest.fixture
 def old(tmp_path):
     return shutil.copytree(PLACE / "begun", tmp_path / "results")
-
-
-def contents(folder) -> dict:
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
 def expected() -> list[dict]:
@@ -83,13 +79,9 @@ def test_its_last_network_measures_as_recorded():
     networks.load(0, network.state, network.masks)
     assert engine.accuracy_and_loss(networks, study.data)[0] == [wanted["test_accuracy"]]
     assert networks.mask[0].double().mean().item() == wanted["weights_remaining"]
-    data, module = digits(), common.ResNet(8, 2, 1, 10)
-    stored = torch.load(PLACE / "level02.pt", weights_only=True)
-    module.load_state_dict(stored["model"], strict=False)
-    x = (data.test_images.double() * data.scale + data.shift).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        right = module.double().eval()(x).argmax(1) == data.test_labels
-    assert right.double().mean().item() == pytest.approx(wanted["test_accuracy"])
+    stored = torch.load(PLACE / "level02.pt", weights_only=True)["model"]
+    accuracy = plain.accuracy(plain.network(stored, width=2))
+    assert accuracy == pytest.approx(wanted["test_accuracy"])
 
 
 def test_a_new_run_starts_from_its_w_tr_and_mask(old, stage, tmp_path):
