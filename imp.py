@@ -138,7 +138,7 @@ def level_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
 
 def read_mask(study: Study, scratch: Networks) -> Tensor:
     """The mask (P,) of --mask."""
-    return scratch.flat_mask(common.read_mask(study.settings.mask, scratch))
+    return scratch.flat_mask(common.optional("inputs").mask_of(study.settings.mask, scratch))
 
 
 def control_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
@@ -305,7 +305,7 @@ def start_control(study: Study, run: Run) -> None:
     s, ticket = study.settings, ticket_folder(study, run)
     if s.control == "reinit":
         model = study.initial_state_dict(REINIT + run.replicate)
-        return common.adopt(run, common.start_from(model, study.data, 0))
+        return common.adopt(run, study.start_from(model, 0))
     common.adopt(run, runs.read_tensors(ticket / "pretrained.pt"))
     dense = runs.read_tensors(ticket / "level00.pt")
     run.log("level00", s.steps, **dense["numbers"])
@@ -376,7 +376,7 @@ def verify(study: Study) -> list[dict]:
             raise UserError(f"{config.parent} was made from other data than {study.data.name}")
         networks = study.networks(1)
         for path in sorted(config.parent.glob("level*.pt")):
-            network = common.read_network(study, path, f"--verify {path}")
+            network = common.optional("inputs").network_of(study, path, f"--verify {path}")
             networks.load(0, network.state, network.masks)
             recorded = network.about["numbers"]
             accuracy = engine.accuracy_and_loss(networks, study.data)[0][0]
@@ -403,7 +403,7 @@ def verify(study: Study) -> list[dict]:
 def plan(s: Settings) -> list[options.Planned]:
     """The runs of the command; reads no data."""
     if s.init and s.rewind is None:
-        s = dataclasses.replace(s, rewind=common.step_of(s.init, s.replicate[0]))
+        s = dataclasses.replace(s, rewind=common.optional("inputs").step_of(s.init, s.replicate[0]))
     first = 0 if s.control == "reinit" else s.rewind
     pretrained = bool(s.control or s.init)
     steps = s.rewind * (not pretrained) + (s.levels + 1) * (s.steps - first)
@@ -422,7 +422,9 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         return verify(study)
     starts = {}
     if s.init:
-        starts = common.read_starts(study, "--init", s.init, s.replicate, s.rewind, s.mask)
+        starts = common.optional("inputs").read_starts(
+            study, "--init", s.init, s.replicate, s.rewind, s.mask
+        )
         study = study.replace(rewind=starts[s.replicate[0]]["step"])
     s, folder = study.settings, study.folder("imp", name_of(study.settings, s.control))
     levels = f"rewind {s.rewind}, {s.levels} levels, replicates {len(s.replicate)}"

@@ -8,6 +8,8 @@ import argparse
 import collections
 import contextlib
 import difflib
+import dis
+import functools
 import hashlib
 import pathlib
 import re
@@ -24,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import engine
+import options
 import runs
 from runs import UserError, one_line
 
@@ -439,6 +443,75 @@ def read_mask(path: Path, shapes: dict[str, torch.Size], source: str = "") -> di
     return masks
 
 
+# ---- for a study ---------------------------------------------------------------------------------
+
+
+def read_starts(
+    study: Any,
+    flag: str,
+    path: Path,
+    replicates: Iterable[int],
+    rewind: int | None,
+    mask: Path | None = None,
+) -> dict[int, dict[str, Any]]:
+    """By replicate, w_tr from a pretrained.pt, or rep<k>/pretrained.pt in a folder, or a file with
+    anyone's network and the step `rewind` it was trained to, under the file's own mask or `mask`;
+    UserError where one does not fit the data, the model, the step or the others."""
+    s, data, starts = study.settings, study.data, {}
+    for replicate in replicates:
+        file = start_file(path, replicate)
+        source = f"{flag} {file}"
+        networks = study.networks(1)
+        network = network_of(study, file, source)
+        about = network.about
+        step, problem = about.get("step", rewind), ""
+        if step is None:
+            problem = "give --rewind, the step it was trained to"
+        elif about.get("data", data.fingerprint) != data.fingerprint:
+            problem = f"made from other data than {data.name}"
+        elif rewind not in (None, step):
+            problem = f"trained for {step} steps, not --rewind {rewind}"
+        elif about.get("diverged", -1) >= 0:
+            problem = f"diverged at step {about['diverged']}"
+        elif step >= s.steps:
+            problem = f"trained to step {step} of --steps {s.steps}"
+        if problem:
+            raise UserError(f"{source}: {problem}")
+        masks = mask_of(mask, networks) if mask else network.masks
+        networks.load(0, network.state, masks)
+        accuracy = about.get("test_accuracy") if not mask else None
+        if accuracy is None:
+            accuracy = engine.accuracy_and_loss(networks, data)[0][0]
+        start = study.start_from(networks.state(0), step, masks, test_accuracy=accuracy)
+        starts[replicate], rewind = start | {"seconds": about.get("seconds", 0.0)}, step
+    return starts
+
+
+def start_file(path: Path, replicate: int) -> Path:
+    """What holds w_tr of a replicate: of a folder its rep<k>/pretrained.pt."""
+    return path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
+
+
+def step_of(path: Path, replicate: int) -> int:
+    """The step that one of our pretrained.pt was trained to."""
+    return runs.read_tensors(start_file(path, replicate))["step"]
+
+
+def mask_of(path: Path, networks: engine.Networks) -> dict[str, Tensor]:
+    """The masks by layer of --mask."""
+    shapes = {name: view.shape for name, view in networks.layers.items()}
+    return read_mask(path, shapes, f"--mask {path}")
+
+
+def network_of(study: Any, file: Path, source: str) -> Network:
+    """The network of a file, ours or anyone's, under the names of the study's model."""
+    module = study.model.build()
+    wanted = {k: v.shape for k, v in module.state_dict().items()}
+    wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
+    prunable = {engine.layer_name(k): k for k in engine.prunable_parameters(module)}
+    return read_network(file, wanted, prunable, source)
+
+
 # ---- indices and scores --------------------------------------------------------------------------
 
 
@@ -507,7 +580,109 @@ def check_scores_file(path: Path, n: int) -> np.ndarray:
     return scores
 
 
+def scores_of(study: Any, path: Path) -> np.ndarray:
+    """The scores of --scores (N,), and what scores.json beside them says, checked for a study."""
+    s, data = study.settings, study.data
+    noise = [s.label_noise, s.seed if s.label_noise else 0]
+    scores = check_scores_file(path, len(data.train_labels))
+    beside, problem = path.with_suffix(".json"), None
+    if not beside.exists():
+        return scores
+    about = runs.read_json(beside, "metric")
+    if about.get("sha256_of_scores") != runs.fingerprint(scores):
+        problem = f"damaged, its checksum in {beside.name} differs"
+    elif about.get("data") != data.fingerprint:
+        problem = f"made from other data than {data.name}"
+    elif about.get("label_noise", noise) != noise:
+        problem = "made under other labels (--label-noise, --seed)"
+    if problem:
+        raise UserError(f"--scores {path}: {problem}")
+    if about.get("model", study.model.about)["structure"] != study.model.about["structure"]:
+        runs.warn(f"--scores {path}: made by {about['model']['name']}, not by {study.model.name}")
+    return scores
+
+
 # ---- functions -----------------------------------------------------------------------------------
+
+
+def find_function(spec: str, given: Any) -> tuple[Callable, str, str]:
+    """The function of --model, or that of a call; its name; a fingerprint of its code."""
+    if isinstance(given, nn.Module):
+        kind = f"model: a {type(given).__name__} is a module, which has weights already"
+        raise UserError(f"{kind}: give a function of channels and classes that makes one")
+    if given is not None:
+        return given, getattr(given, "__name__", "model"), runs.fingerprint(meaning(given, {}))
+    function, file = load_function(spec)
+    return function, function.__name__, options.code_hash(file, *runs.imported(file))
+
+
+PLAIN = int | float | complex | str | bytes | None | torch.dtype | torch.device
+
+
+def meaning(value: Any, seen: dict[int, Any]) -> Any:
+    """What `value` makes, as far as its code tells: the compiled code of functions and of methods,
+    and the same of what these refer to; of what is installed the name, of values the value."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor | np.ndarray):
+        return runs.fingerprint(value)
+    if id(value) in seen:
+        return "above"
+    seen[id(value)] = value  # kept, so that no other takes its number
+    each = functools.partial(meaning, seen=seen)
+    if isinstance(value, dict):
+        return [[str(k), each(v)] for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [each(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(each(v)) for v in value)
+    if isinstance(value, functools.partial):
+        return [each(value.func), each(value.args), each(value.keywords)]
+    if isinstance(value, staticmethod | classmethod | types.MethodType):
+        return [each(value.__func__), each(getattr(value, "__self__", None))]
+    if isinstance(value, property):
+        return [each(value.fget)]
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    module = value.__name__ if isinstance(value, types.ModuleType) else str(kind.__module__)
+    name, own = f"{module}.{kind.__qualname__}", not is_installed(module)
+    if isinstance(value, types.FunctionType) and own:
+        known = value.__globals__
+        cells = [c.cell_contents for c in value.__closure__ or () if c != types.CellType()]
+        names = {k: known[k] for k in sorted(globals_of(value.__code__)) if k in known}
+        parts = cells, value.__defaults__, value.__kwdefaults__, names
+        return [name, compiled(value.__code__), *map(each, parts)]
+    if isinstance(value, type | types.ModuleType) and own:
+        parts = {k: v for k, v in vars(value).items() if k[:2] != "__" or callable(v)}
+        theirs = {k: v for k, v in parts.items() if getattr(v, "__module__", module) == module}
+        return [name, each(getattr(value, "__bases__", ())), each(theirs)]
+    if isinstance(value, nn.Module) or (own and hasattr(value, "__dict__") and kind is type(value)):
+        return [name, each(type(value)), each(vars(value))]
+    return name
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is of Python, of a package, or of this project, which has a hash of its
+    own."""
+    top = module.partition(".")[0]
+    parts = Path(getattr(sys.modules.get(top), "__file__", None) or "").parts
+    known = {*sys.stdlib_module_names, *runs.OWN_MODULES} - {"__main__"}
+    return top in known or bool({"site-packages", "dist-packages"} & {*parts})
+
+
+def nested(code: types.CodeType) -> list[types.CodeType]:
+    return [c for c in code.co_consts if isinstance(c, types.CodeType)]
+
+
+def compiled(code: types.CodeType) -> list:
+    values = [str(c) if isinstance(c, PLAIN | tuple) else "" for c in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), values, [compiled(c) for c in nested(code)]]
+
+
+def globals_of(code: types.CodeType) -> set[str]:
+    found = {
+        x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    return found.union(*(globals_of(c) for c in nested(code)))
 
 
 def load_function(spec: str, source: str = "--model") -> tuple[Callable, Path]:

@@ -12,6 +12,7 @@ from torch import nn
 
 import common
 import engine
+import inputs
 import runs
 from runs import UserError
 
@@ -254,13 +255,13 @@ def test_w_tr_of_another_is_taken_if_it_fits(tmp_path):
     study = study_of("imp", *SMALL, *RANDOM, "--out", tmp_path)
     made = pretrained(study, 2)
     folder = made[0][0].parent
-    starts = common.read_starts(study, "--init", folder, (0, 1), None)
+    starts = inputs.read_starts(study, "--init", folder, (0, 1), None)
     for replicate, (_, start) in enumerate(made):
         taken = starts[replicate]
         assert same({k: start["model"][k] for k in taken["model"]}, taken["model"])
         assert (taken["step"], taken["test_accuracy"]) == (2, start["test_accuracy"])
     file, start = folder / "rep1/pretrained.pt", made[1][1]
-    both = common.read_starts(study, "--init", file, (0, 1), 2)
+    both = inputs.read_starts(study, "--init", file, (0, 1), 2)
     assert both[0]["fingerprint"] == both[1]["fingerprint"] == start["fingerprint"]
     with study.runs("imp", "of-a-test", study.describe("subset"), (0, 1)) as (first, second):
         common.adopt(second, start)

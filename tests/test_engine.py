@@ -291,7 +291,7 @@ def test_fp32_is_float32_and_evaluation_beside_bf16_may_take_tf32():
             (False, False, (True, False, False)),
             (False, True, (False, True, True)),
         ):
-            engine.set_numerics(bf16, fast)
+            common.set_numerics(bf16, fast)
             assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == expected
     finally:
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
