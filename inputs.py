@@ -170,8 +170,10 @@ def dicts_of_tensors(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple
         return
     items = list(content.items() if isinstance(content, dict) else enumerate(content))
     arrays = {k: v for k, v in items if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
+    arrays = {k: v for k, v in arrays.items() if v.itemsize <= 8}  # no long double
     native = {k: v.astype(v.dtype.newbyteorder("="), order="C") for k, v in arrays.items()}
-    tensors = {k: v.detach() for k, v in items if isinstance(v, Tensor)}
+    tensors = {k: v.detach() for k, v in items if isinstance(v, Tensor) and not v.is_meta}
+    tensors = {k: v if v.layout == torch.strided else v.to_dense() for k, v in tensors.items()}
     tensors |= {k: torch.from_numpy(v) for k, v in native.items()}
     if named := {k: v for k, v in tensors.items() if isinstance(k, str)}:
         yield ".".join(keys), {k: v for k, v in named.items() if k.split(".")[-1] not in COUNTERS}
@@ -287,7 +289,6 @@ def as_float32(source: str, name: str, values: Tensor) -> Tensor:
     weight = re.search(r"(weight|bias|running_)\w*$", name) or values.is_quantized
     if weight and (values.is_quantized or not values.is_floating_point()):
         raise UserError(f"{source}: {name} is {values.dtype}, expected floating-point weights")
-    values = values.to_dense() if values.layout != torch.strided else values
     values = values.float() if values.is_floating_point() else values
     if not values.isfinite().all():
         worst = "NaN" if values.isnan().any() else "infinite values (as float32)"
@@ -312,11 +313,13 @@ def read_network(
         about = {k: v for k, v in content.items() if k not in ("model", "mask", "file")}
         content = {k: content[k] for k in ("model", "mask") if k in content}
     for key in ("mask", "masks"):
-        if isinstance(content, dict) and isinstance(content.get(key), Tensor | np.ndarray | list):
+        value = content.get(key) if isinstance(content, dict) else None
+        if value and not isinstance(value, dict):
             raise UserError(f'{source}: "{key}" is not a dict of masks by layer')
     candidates, pruned, masks, mask_dicts = [], {}, {}, []
+    layers = {layer: wanted[name] for layer, name in prunable.items()}
     for where, tensors in dicts_of_tensors(content):
-        if is_mask(where):
+        if is_mask(where) or names_masks(tensors, layers):
             mask_dicts.append((where, tensors))
             continue
         if not any(n.endswith(("_orig", ".original")) for n in wanted):
@@ -342,7 +345,6 @@ def read_network(
         runs.warn(f"{source}: float64 weights are rounded to float32")
     state = {n: as_float32(source, n, chosen.tensors[n]) for n in wanted}
     buffers = pruned[chosen.where]
-    layers = {layer: wanted[name] for layer, name in prunable.items()}
     masks = None
     if mask_dicts:
         masks = choose_masks(source, mask_dicts, layers)
@@ -384,7 +386,20 @@ def contents(value: Any) -> str:
 
 
 def is_mask(where: str) -> bool:
-    return "mask" in where.rpartition(".")[2].lower()
+    """Whether a dict at these dotted keys, or one around it, is called masks."""
+    *around, key = where.lower().split(".")
+    return "mask" in key or not {"mask", "masks"}.isdisjoint(around)
+
+
+def by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(r"(^|\.)weight$", "", pruned_name(k)): t for k, t in tensors.items()}
+
+
+def names_masks(tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> bool:
+    """Whether a dict under any key has booleans for our layers, and nothing else."""
+    found = groups("", by_layer(tensors), shapes)
+    named = any(g.tensors.keys() & shapes.keys() for g in found)
+    return named and all(t.dtype == torch.bool for t in tensors.values())
 
 
 def mask_problem(mask: Tensor, shape: torch.Size | None) -> str:
@@ -414,13 +429,19 @@ def choose_masks(source: str, dicts: list, shapes: dict[str, torch.Size]) -> dic
     """Masks (bool) by layer, from dicts that have them by layer or weight; see `masks_misfit`."""
     found = []
     for where, tensors in dicts:
-        layers = {re.sub(r"(^|\.)weight$", "", pruned_name(k)): t for k, t in tensors.items()}
-        found += groups(where, layers, shapes)
+        found += groups(where, by_layer(tensors), shapes)
     fitting = [g for g in found if not masks_misfit(g.tensors, shapes)]
     if not fitting:
         best = max(found, key=lambda g: len(g.tensors.keys() & shapes.keys()))
         raise UserError(f"{source} {masks_misfit(best.tensors, shapes)}")
-    chosen = only_one(source, fitting, "masks").tensors
+    where, chosen, *_ = only_one(source, fitting, "masks")
+    if re.search(r"(?i)(^|[._])(pruned|dead|removed)$", where):
+        problem = f'"{where}" may be true where a weight is pruned'
+        raise UserError(
+            f'{source}: {problem}: save masks that are true where it is alive as "mask"'
+        )
+    if dead := [layer for layer in shapes if not chosen[layer].any()]:
+        raise UserError(f"{source} prunes every weight of {listed(dead)}")
     return {layer: chosen[layer].bool().clone() for layer in shapes}
 
 
@@ -437,10 +458,7 @@ def read_mask(path: Path, shapes: dict[str, torch.Size], source: str = "") -> di
     chosen = [d for d in dicts if is_mask(d[0])] or chosen or dicts
     if not chosen:
         raise UserError(f"{source} contains no mask (found {contents(content)})")
-    masks = choose_masks(source, chosen, shapes)
-    if dead := [layer for layer, mask in masks.items() if not mask.any()]:
-        raise UserError(f"{source} prunes every weight of {listed(dead)}")
-    return masks
+    return choose_masks(source, chosen, shapes)
 
 
 # ---- for a study ---------------------------------------------------------------------------------

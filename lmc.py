@@ -179,6 +179,10 @@ def measure(study: Study, states: list[dict[str, torch.Tensor]]) -> dict[str, An
     at_ends = logits(ends)
     alphas = [i / (s.alphas - 1) for i in range(s.alphas)] if s.alphas > 1 else [0.5]
     pairs = list(itertools.combinations(range(len(states)), 2))
+    for k in (k for k, v in states[0].items() if not v.is_floating_point()):
+        if not all(torch.equal(state[k], states[0][k]) for state in states):
+            raise UserError(f"{k} ({states[0][k].dtype}) differs between the networks: no midpoint")
+    middle.load(0, states[0])  # of what is not interpolated
     shape = (2, len(pairs), len(labels))  # of losses, of errors
     barrier, at = np.full(shape, -np.inf, np.float32), np.zeros((*shape[:2], len(alphas)))
     for p, (i, j) in enumerate(pairs):
