@@ -174,8 +174,8 @@ def masked_starts(study: Study, group: list[Run], level: int) -> list[tuple[Run,
         mask = ranked(study, run, level, scratch).clone()
         empty = [k for k, view in scratch.layers.items() if not mask[view.columns].any()]
         if empty:
-            remedy = f"use --levels {level - 1}"
-            run.ended = f"level {level} leaves {empty[0]} without weights: {remedy}"
+            remedy = f": use --levels {level - 1}" * (level > 0)
+            run.ended = f"level {level} leaves {empty[0]} without weights{remedy}"
         else:
             pairs.append((run, mask))
     return pairs
@@ -360,7 +360,7 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
     if not found:
         raise UserError(f"--verify {folder}: no config.json there or in rep<k> below it")
     settings = runs.read_json(found[0], "settings")["settings"]
-    keys = ("depth", "width", "batch_size", "steps", "rewind", "precision")
+    keys = ("depth", "width", "batch_size", "steps", "rewind", "precision", "seed")
     known = {k: settings[k] for k in keys if settings.get(k) is not None}
     named = settings["dataset"] in options.PRESETS
     return known | ({"dataset": settings["dataset"]} if named else {})
@@ -368,17 +368,19 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
 
 def verify(study: Study) -> list[dict]:
     """Measures the saved levels of finished runs again; returns, for each, recorded and measured
-    accuracies. UserError where one differs by more than an example in a thousand."""
+    accuracies. UserError where one differs by more than an example in a thousand, or is missing."""
     folder, rows, wrong = study.settings.verify, [], []
     for config in sorted([*folder.glob("config.json"), *folder.glob("rep*/config.json")]):
         settings = runs.read_json(config, "settings")["settings"]
         if settings["data"] != study.data.fingerprint:
             raise UserError(f"{config.parent} was made from other data than {study.data.name}")
-        networks = study.networks(1)
-        for path in sorted(config.parent.glob("level*.pt")):
+        networks, result = study.networks(1), config.with_name("result.json")
+        levels = runs.read_json(result).get("levels", []) if result.exists() else []
+        named = {config.with_name(level_file(x["level"])): x for x in levels}
+        for path in sorted({*config.parent.glob("level*.pt"), *named}):
             network = common.optional("inputs").network_of(study, path, f"--verify {path}")
             networks.load(0, network.state, network.masks)
-            recorded = network.about["numbers"]
+            recorded = named.get(path, network.about["numbers"])
             accuracy = engine.accuracy_and_loss(networks, study.data)[0][0]
             left = networks.mask[0].double().mean().item()
             row = {"file": str(path), "recorded": recorded["test_accuracy"], "measured": accuracy}
@@ -389,6 +391,8 @@ def verify(study: Study) -> list[dict]:
             if not study.settings.quiet:
                 shown = f"recorded {row['recorded']:.4f}, measured {accuracy:.4f}"
                 runs.say(f"{path}: {left:.2%} of weights, {shown}" + ", DIFFERS" * (path in wrong))
+    if not rows:
+        raise UserError(f"--verify {folder}: no levelNN.pt there or in rep<k> below it")
     if wrong:
         remedy = "to make one again, remove it and result.json and repeat the run's command"
         raise UserError(
