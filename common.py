@@ -29,6 +29,8 @@ from engine import are_compiled as are_compiled  # for notebooks
 from options import PRESETS, HandedIn, Settings, optional
 from runs import Run, UserError, fingerprint, one_line, skip, warn
 
+options.code_identity.cache_clear()  # a notebook may have reloaded this file
+
 # ---- ResNet (He et al. 2016, for small images) ---------------------------------------------------
 
 

@@ -381,11 +381,12 @@ def verify(study: Study) -> list[dict]:
             network = common.optional("inputs").network_of(study, path, f"--verify {path}")
             networks.load(0, network.state, network.masks)
             recorded = named.get(path, network.about["numbers"])
+            known = (recorded, network.about["numbers"])
             accuracy = engine.accuracy_and_loss(networks, study.data)[0][0]
             left = networks.mask[0].double().mean().item()
             row = {"file": str(path), "recorded": recorded["test_accuracy"], "measured": accuracy}
-            same = abs(accuracy - recorded["test_accuracy"]) <= 1e-3 + 1e-9
-            if not same or left != recorded["weights_remaining"]:
+            same = all(abs(accuracy - x["test_accuracy"]) <= 1e-3 + 1e-9 for x in known)
+            if not same or any(left != x["weights_remaining"] for x in known):
                 wrong.append(path)
             rows.append(row | {"weights_remaining": left})
             if not study.settings.quiet:

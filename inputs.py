@@ -527,7 +527,12 @@ def network_of(study: Any, file: Path, source: str) -> Network:
     wanted = {k: v.shape for k, v in module.state_dict().items()}
     wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
     prunable = {engine.layer_name(k): k for k in engine.prunable_parameters(module)}
-    return read_network(file, wanted, prunable, source)
+    network = read_network(file, wanted, prunable, source)
+    with contextlib.suppress(UserError):  # a level or a child: its run says what it was trained on
+        if network.about and "data" not in network.about:
+            settings = runs.read_json(file.with_name("config.json"), "settings")["settings"]
+            network.about["data"] = settings["data"]
+    return network
 
 
 # ---- indices and scores --------------------------------------------------------------------------
@@ -683,7 +688,9 @@ def is_installed(module: str) -> bool:
     own."""
     top = module.partition(".")[0]
     parts = Path(getattr(sys.modules.get(top), "__file__", None) or "").parts
-    known = {*sys.stdlib_module_names, *runs.OWN_MODULES} - {"__main__"}
+    if top == "__main__":  # a script or a notebook
+        return False
+    known = {*sys.stdlib_module_names, *runs.OWN_MODULES}
     return top in known or bool({"site-packages", "dist-packages"} & {*parts})
 
 
@@ -718,8 +725,9 @@ def load_function(spec: str, source: str = "--model") -> tuple[Callable, Path]:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{source}: {file} {problem}")
-    code = path.read_bytes()
-    digest = hashlib.sha256(bytes(path) + b"\0" + code).hexdigest()[:16]
+    code, beside = path.read_bytes(), runs.imported(path)
+    digest = hashlib.sha256(bytes(path) + b"\0" + code + options.code_hash(*beside).encode())
+    digest = digest.hexdigest()[:16]
     module = sys.modules.get(f"inputs_{digest}") or run_file(path, code, digest, source)
     value = getattr(module, name, None)
     if isinstance(value, nn.Module) or not callable(value):
@@ -744,6 +752,11 @@ def run_file(path: Path, code: bytes, digest: str, source: str) -> types.ModuleT
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # before it runs: dataclasses look for it there
     sys.path.insert(0, str(path.parent))
+    # What it imports from beside it is run with it, whatever has that name already.
+    names = {f.relative_to(path.parent).parts[0].removesuffix(".py") for f in runs.imported(path)}
+    before = {k: m for k, m in sys.modules.items() if k.split(".")[0] in names}
+    for k in before:
+        del sys.modules[k]
     try:
         exec(compile(code, str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as e:
@@ -753,6 +766,9 @@ def run_file(path: Path, code: bytes, digest: str, source: str) -> types.ModuleT
         where = f"line {lines[-1]}: " if lines and lines[-1] else ""
         raise UserError(f"{source}: {where}{type(e).__name__}: {one_line(e)}") from e
     finally:
+        for k in [k for k in sys.modules if k.split(".")[0] in names]:
+            del sys.modules[k]
+        sys.modules.update(before)
         with contextlib.suppress(ValueError):  # the file may have removed it
             sys.path.remove(str(path.parent))
     return module

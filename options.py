@@ -488,6 +488,7 @@ def as_function(main: Callable, flags: Callable[[], SettingsParser], example: st
     """A stage as a function: its flags, with underscores, are keywords; a run directory identical
     to the command's. Raises UserError for a mistake and KeyboardInterrupt after a saved Ctrl-C."""
     parser = flags()
+    code_identity.cache_clear()  # the stage may be one that a notebook has reloaded
 
     def call(**settings: Any) -> Any:
         model = settings.pop("model") if callable(settings.get("model")) else None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import digits, same
+from conftest import digits, same, study_of
 from torch import nn
 
 import common
@@ -273,6 +273,24 @@ def test_strided_convolutions_of_few_channels_against_float64(size):
         torch.testing.assert_close(ours.double(), p.grad, rtol=1e-3, atol=1e-5)
         shortcuts += "shortcut.0" in name
     assert shortcuts == 2
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+def test_a_convolution_with_a_forward_of_its_own_keeps_it():
+    """Where PyTorch's would be replaced since oneDNN overruns; then not in channels-last."""
+    torch.manual_seed(0)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), Standardised(8, 16, 1, stride=2), *head)
+    networks = engine.Networks(plain, 1, CPU)
+    networks.load(0, plain.state_dict())
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.allclose(networks.modules[0](x), plain(x), atol=1e-6)
+    assert not study_of("imp", "--subset", "random", model=lambda *_: plain).model.channels_last
 
 
 def test_the_first_step_that_is_not_finite_is_noted():

@@ -382,6 +382,27 @@ def test_verify_finds_another_accuracy_mask_or_data_set(measured):
         verify(folder.parent)
 
 
+def test_verify_compares_with_what_the_run_reports(stage, tmp_path):
+    flags = (*TINY, "--levels", 1, "--replicate", "0-1", "--out", tmp_path)
+    stage("imp", *flags)
+    [folder] = {p.parent for p in tmp_path.rglob("rep0")}
+    assert len(stage("imp", "--verify", folder)) == 4
+    levels = [folder / f"rep{k}/level01.pt" for k in (0, 1)]
+    own = levels[0].read_bytes()
+    levels[0].write_bytes(levels[1].read_bytes())  # intact, but another replicate's
+    with pytest.raises(UserError, match=r"^1 of 4 levels differ from what was recorded"):
+        stage("imp", "--verify", folder)
+    levels[0].unlink()
+    with pytest.raises(UserError, match=r"level01.pt does not exist$"):
+        stage("imp", "--verify", folder)
+    levels[0].write_bytes(own)
+    for path in folder.rglob("level*.pt"):
+        path.unlink()
+        (path.parent / "result.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"no levelNN.pt there or in rep<k> below it$"):
+        stage("imp", "--verify", folder)
+
+
 # ---- as a program --------------------------------------------------------------------------------
 
 
