@@ -665,6 +665,8 @@ def meaning(value: Any, seen: dict[int, Any]) -> Any:
         return [each(value.__func__), each(getattr(value, "__self__", None))]
     if isinstance(value, property):
         return [each(value.fget)]
+    if hasattr(value, "cache_info"):  # of functools.cache
+        return [each(value.__wrapped__)]
     kind = value if hasattr(value, "__qualname__") else type(value)
     module = value.__name__ if isinstance(value, types.ModuleType) else str(kind.__module__)
     name, own = f"{module}.{kind.__qualname__}", not is_installed(module)
@@ -676,8 +678,7 @@ def meaning(value: Any, seen: dict[int, Any]) -> Any:
         return [name, compiled(value.__code__), *map(each, parts)]
     if isinstance(value, type | types.ModuleType) and own:
         parts = {k: v for k, v in vars(value).items() if k[:2] != "__" or callable(v)}
-        theirs = {k: v for k, v in parts.items() if getattr(v, "__module__", module) == module}
-        return [name, each(getattr(value, "__bases__", ())), each(theirs)]
+        return [name, each(getattr(value, "__bases__", ())), each(parts)]
     if isinstance(value, nn.Module) or (own and hasattr(value, "__dict__") and kind is type(value)):
         return [name, each(type(value)), each(vars(value))]
     return name

@@ -730,9 +730,11 @@ def test_a_fingerprint_of_what_a_function_refers_to():
     partial = [functools.partial(relu, width=n) for n in (1, 2)]
     bound = "class A:\n def make(self, *_): return self.n\na = A(); a.n = {}; make = a.make"
     bound = [names(bound.format(n))["make"] for n in (1, 2)]
+    attribute = "class A:\n act = F.{}\nmake = functools.cache(lambda *_: A())"
+    attribute = [names(attribute.format(f), functools=functools)["make"] for f in ("relu", "silu")]
     module = nn.Linear(2, 2), nn.Linear(2, 2)
     held = [names("make = lambda *_: net", net=m)["make"] for m in module]
-    every = [relu, tanh, scaled, *closed, *default, *partial, *bound, *held]
+    every = [relu, tanh, scaled, *closed, *default, *partial, *bound, *attribute, *held]
     assert len({code_of(f) for f in every}) == len(every)
     assert code_of(torch.relu) and code_of(nn.ReLU)
 
