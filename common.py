@@ -505,6 +505,8 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
             raise ValueError("differs when made again with one seed: draw from torch's generator")
     except Exception as e:  # whatever a function or a module of the user's may raise
         problem = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
+        if "deepcopy protocol" in problem:
+            problem = "holds a computed weight (weight_norm, prune): use torch's parametrizations"
         raise UserError(f"{flag}: {problem}") from e
     if fixed := again == other:
         warn(f"{flag}: the initial weights are the same in every replicate")
@@ -533,7 +535,8 @@ def kept(module: nn.Module, kinds: Any = bool | int | float | Tensor) -> dict[st
     """What a module keeps beside its parameters and buffers, fingerprints by dotted name."""
     parts = ((name, k, v) for name, m in module.named_modules() for k, v in vars(m).items())
     found = {f"{name}.{k}".strip("."): v for name, k, v in parts if isinstance(v, kinds)}
-    return {k: fingerprint(v) for k, v in found.items()}
+    low = {k: v.float() for k, v in found.items() if getattr(v, "dtype", None) == torch.bfloat16}
+    return {k: fingerprint(v) for k, v in (found | low).items()}  # NumPy has no bfloat16
 
 
 def try_model(module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[str]]:

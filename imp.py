@@ -425,6 +425,10 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         raise UserError(f"{study.model.name} has no prunable weight: {study.about['model']}")
     if s.verify:
         return verify(study)
+    if s.control == "reinit":
+        own, other = (study.initial_state_dict(k + s.replicate[0]) for k in (0, REINIT))
+        if runs.fingerprint(own) == runs.fingerprint(other):
+            raise UserError(f"--control reinit: {study.model.name} always has the same weights")
     starts = {}
     if s.init:
         starts = common.optional("inputs").read_starts(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from conftest import same, study_of
 from torch import nn
 
@@ -222,6 +223,9 @@ REFUSED = {
     r"gives probabilities .* in eval mode": lambda *_: Does(
         lambda m, y, x: y if m.training else y.softmax(1)
     ),
+    "holds a computed weight": lambda *_: Does(
+        lambda m, y, x: y, lambda m: torch.nn.utils.prune.identity(m.last, "weight")
+    ),
     "depend on no parameter that is trained": lambda *_: flat().requires_grad_(False),
     "depend on a trained tensor that is none of its own": lambda *_: Does(
         lambda m, y, x: y * OUTSIDE
@@ -270,6 +274,17 @@ def test_a_template_is_made_from_the_seed():
 def test_a_module_made_in_eval_mode_is_trained_in_training_mode():
     [module] = small(model=lambda *_: flat(nn.BatchNorm1d(64)).eval()).networks(1).modules
     assert module.training and module[1].training
+
+
+def test_what_forward_only_leaves_behind_is_allowed():
+    """In bfloat16, too: the last images, and how many they were."""
+
+    def leave(m, y, x):
+        m.images, m.calls = x.clone(), len(x)
+        return y
+
+    for precision in ("fp32", "bf16"):
+        assert small("--precision", precision, model=lambda *_: Does(leave)).model.name == "does"
 
 
 def test_the_same_start_for_all_replicates_is_said(capsys):

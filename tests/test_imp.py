@@ -382,6 +382,15 @@ def test_verify_finds_another_accuracy_mask_or_data_set(measured):
         verify(folder.parent)
 
 
+def test_another_initialisation_must_be_another(stage):
+    def fixed(channels, classes):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+    with pytest.raises(UserError, match=r"^--control reinit: fixed always has the same weights$"):
+        stage("imp", *TINY[2:], "--levels", 1, "--control", "reinit", model=fixed)
+
+
 def test_verify_compares_with_what_the_run_reports(stage, tmp_path):
     flags = (*TINY, "--levels", 1, "--replicate", "0-1", "--out", tmp_path)
     stage("imp", *flags)
