@@ -8,8 +8,8 @@ comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
 import contextlib
 import dataclasses
 import functools
-import inspect
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +28,8 @@ from engine import Data, Networks, Stream, Training, batch_norm_relu, generator
 from engine import are_compiled as are_compiled  # for notebooks
 from options import PRESETS, HandedIn, Settings, optional
 from runs import Run, UserError, fingerprint, one_line, skip, warn
+
+options.code_identity.cache_clear()  # a notebook may have reloaded this file
 
 # ---- ResNet (He et al. 2016, for small images) ---------------------------------------------------
 
@@ -141,6 +143,7 @@ class Model:
     name: str  # in folder names
     build: Callable[[], nn.Module]  # a module as it initialises itself, from torch's generator
     channels_last: bool
+    by_paper: bool  # whether it is initialised as the paper's ResNet
     about: dict[str, Any]  # its part of a run's identity
 
 
@@ -168,15 +171,18 @@ class Study:
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))
 
     def networks(self, rows: int) -> Networks:
-        return Networks(self.model.build(), rows, self.device, self.model.channels_last)
+        template = seeded(
+            self.settings.seed, 0, self.model.build
+        )  # what it keeps beside a state_dict
+        return Networks(template, rows, self.device, self.model.channels_last)
 
     def initial_state_dict(self, replicate: int) -> dict[str, Tensor]:
-        """The initialisation of a replicate. The ResNet's is the paper's: Kaiming normal conv and
-        linear weights, BatchNorm scales U[0, 1) and shifts 0, as the authors' code has it; any
-        other module initialises itself, from the replicate's stream."""
+        """The initialisation of a replicate. That of `make_model`'s ResNet is the paper's: Kaiming
+        normal conv and linear weights, BatchNorm scales U[0, 1) and shifts 0, as the authors' code
+        has it; any other module initialises itself, from the replicate's stream."""
         s = self.settings
         model = seeded(s.seed, replicate, self.model.build)
-        if isinstance(model, ResNet):
+        if self.model.by_paper:
             initialise_resnet(model, generator(s.seed, "init", replicate))
         return model.state_dict()
 
@@ -200,6 +206,16 @@ class Study:
     def training(self, networks: Networks, streams: list[Stream], *span: Any) -> Training:
         """`span` is the first step, the last, the rate by step, and steps to report at."""
         return Training(self.settings.step, self.data, networks, streams, *span)
+
+    def start_from(
+        self, model: dict[str, Tensor], step: int | None, mask: dict | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """The content of pretrained.pt: w_tr as `model`, the masks by layer that it starts under,
+        if any, and what is known of it."""
+        state = {"model": model, "mask": mask} if mask else {"model": model}
+        about = {"step": step, "data": self.data.fingerprint, "diverged": -1}
+        about |= {"test_accuracy": None, "seconds": 0.0}
+        return {**state, "fingerprint": fingerprint(state), **about, **more}
 
     def folder(self, stage: str, name: str) -> Path:
         return options.run_folder(self.settings, stage, name, self.model.name)
@@ -435,25 +451,14 @@ def make_el2n(study: Study, fresh: bool = False) -> Path:
 
 def read_scores(study: Study) -> np.ndarray:
     """The scores of --scores (N,), checked against the data; EL2N, made if missing, without."""
-    s, data, given = study.settings, study.data, getattr(study.settings, "scores", None)
-    path = given or make_el2n(study)
-    n, noise = len(data.train_labels), [s.label_noise, s.seed if s.label_noise else 0]
-    scores = optional("inputs").check_scores_file(path, n) if given else runs.read_npy(path)
-    beside, problem = path.with_suffix(".json"), None
-    if not beside.exists():
-        return scores
-    about = runs.read_json(beside, "metric")
-    if about.get("sha256_of_scores") != fingerprint(scores):
-        problem = f"damaged, its checksum in {beside.name} differs"
-        problem += ": el2n.py --fresh makes the scores again" * (not given)
-    elif about.get("data") != data.fingerprint:
-        problem = f"made from other data than {data.name}"
-    elif about.get("label_noise", noise) != noise:
-        problem = "made under other labels (--label-noise, --seed)"
-    if problem:
-        raise UserError(f"--scores {path}: {problem}")
-    if about.get("model", study.model.about)["structure"] != study.model.about["structure"]:
-        warn(f"--scores {path}: made by {about['model']['name']}, not by {study.model.name}")
+    if given := getattr(study.settings, "scores", None):
+        return optional("inputs").scores_of(study, given)
+    path = make_el2n(study)
+    scores, about = runs.read_npy(path), runs.read_json(path.with_suffix(".json"), "metric")
+    made = about.get("sha256_of_scores"), about.get("data")
+    if made != (fingerprint(scores), study.data.fingerprint):
+        problem = f"damaged, its checksum in {path.stem}.json differs"
+        raise UserError(f"--scores {path}: {problem}: el2n.py --fresh makes the scores again")
     return scores
 
 
@@ -476,25 +481,10 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
     tried on a batch; UserError, in one line, for one that rows of matrices cannot keep exact."""
     shape = data.train_images.shape[3], len(data.classes)
     make, code, called = functools.partial(make_model, s, data), None, ""
-    if handed_in.model:
-        make, called = functools.partial(handed_in.model, *shape), handed_in.model.__name__
-        with contextlib.suppress(OSError, TypeError):  # no source at hand
-            code = fingerprint(inspect.getsource(handed_in.model))
-    elif s.model:
-        function, file = optional("inputs").load_function(s.model)
-        make, called = functools.partial(function, *shape), function.__name__
-        code = options.code_hash(file)
-    try:
-        module = seeded(s.seed, 0, make)
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"gives a {type(module).__name__}, not a torch module")
-        channels_last, unused = try_model(module, s, data)
-    except Exception as e:  # whatever a function or a module of the user's may raise
-        problem = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
-        raise UserError(f"--model {s.model or called or 'make_model'}: {problem}") from e
-    resnet = isinstance(module, ResNet)
-    called = called or (options.model_name(s) if resnet else "")
-    name = (called if called.isidentifier() else type(module).__name__).lower()
+    if s.model or handed_in.model:
+        function, called, code = optional("inputs").find_function(s.model, handed_in.model)
+        make = functools.partial(function, *shape)
+    unused: list[str] = []
 
     def build() -> nn.Module:
         module = make()
@@ -503,8 +493,28 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
                 p.requires_grad_(False)
         return module
 
-    module = seeded(s.seed, 0, build)
-    if resnet:
+    flag = f"--model {s.model or called or 'make_model'}"
+    try:
+        module = seeded(s.seed, 0, make)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"gives a {type(module).__name__}, not a torch module")
+        channels_last, unused = try_model(module, s, data)
+        more = [seeded(s.seed, k, build) for k in (0, 1)]
+        first, again, other = (fingerprint(m.state_dict(), kept(m)) for m in (module, *more))
+        if first != again:
+            raise ValueError("differs when made again with one seed: draw from torch's generator")
+    except Exception as e:  # whatever a function or a module of the user's may raise
+        problem = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
+        if "deepcopy protocol" in problem:
+            problem = "holds a computed weight (weight_norm, prune): use torch's parametrizations"
+        raise UserError(f"{flag}: {problem}") from e
+    if fixed := again == other:
+        warn(f"{flag}: the initial weights are the same in every replicate")
+    module = more[0]
+    resnet = isinstance(module, ResNet)
+    called = called or (options.model_name(s) if resnet else "")
+    name = (called if called.isidentifier() else type(module).__name__).lower()
+    if by_paper := resnet and not (handed_in.model or s.model or fixed):
         initialise_resnet(module, generator(s.seed, "init"))
     parameters, prunable = dict(module.named_parameters()), engine.prunable_parameters(module)
     trained = {k: p for k, p in parameters.items() if p.requires_grad}
@@ -518,67 +528,124 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
         "weights": fingerprint(engine.on_cpu(module.state_dict())),
         "code": code,
     }
-    return Model(name, build, channels_last, about)
+    return Model(name, build, channels_last, by_paper, about)
+
+
+def kept(module: nn.Module, kinds: Any = bool | int | float | Tensor) -> dict[str, Any]:
+    """What a module keeps beside its parameters and buffers, fingerprints by dotted name."""
+    parts = ((name, k, v) for name, m in module.named_modules() for k, v in vars(m).items())
+    found = {f"{name}.{k}".strip("."): v for name, k, v in parts if isinstance(v, kinds)}
+    low = {k: v.float() for k, v in found.items() if getattr(v, "dtype", None) == torch.bfloat16}
+    return {k: fingerprint(v) for k, v in (found | low).items()}  # NumPy has no bfloat16
 
 
 def try_model(module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[str]]:
-    """Trains a module on one batch, as rows do; whether it takes channels-last images, and its
+    """Trains a module on a batch, as rows do; whether it takes channels-last images, and its
     parameters without a gradient. ValueError for what would not be exact or not work."""
+    at: dict[int, str] = {}
     for name, t in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(t):
             raise ValueError(f"{name} has no shape yet: lazy modules are not supported")
-        if t.is_floating_point() and t.dtype != torch.float32:
+        weight = isinstance(t, nn.Parameter)
+        if (weight or t.is_floating_point()) and t.dtype != torch.float32:
             raise ValueError(f"{name} is {t.dtype}: parameters and buffers must be float32")
+        if weight and t.numel() and (other := at.setdefault(t.data_ptr(), name)) != name:
+            raise ValueError(f"{name} shares the memory of {other}: make it the same parameter")
     for name, m in module.named_modules():
         if isinstance(m, engine.NORMS) and m.momentum is None:
             raise ValueError(f"{name}: BatchNorm with momentum=None counts its batches: give one")
-    x = engine.normalise(data, data.train_images[: min(s.batch_size, 2)]).cpu()
-    batch = x, data.train_labels[: len(x)].cpu(), len(data.classes)
-    try:
-        return True, unused_parameters(module, *batch, True, s.precision == "bf16")
-    except RuntimeError as first:  # `view` of a channels-last tensor, say
-        with contextlib.suppress(RuntimeError):
-            return False, unused_parameters(module, *batch, False, s.precision == "bf16")
-        raise first
+    size, classes, bf16 = (
+        engine.eval_batch_size(data.device),
+        len(data.classes),
+        s.precision == "bf16",
+    )
+    alone = any(len(y) % size == 1 for y in (data.train_labels, data.test_labels))
+
+    def attempt(channels_last: bool, count: int = 2) -> list[str]:
+        networks = Networks(module, 1, torch.device("cpu"), channels_last)
+        networks.load(0, module.state_dict())
+        x = engine.normalise(data, data.train_images[: min(s.batch_size, count)]).cpu()
+        unused = try_batch(networks, x, data.train_labels[: len(x)].cpu(), classes, bf16)
+        x = x[:1] if alone else x
+        with torch.no_grad():
+            logits = networks.modules[0].eval()(networks.arrange(x))
+        check_logits(logits, len(x), classes, " in eval mode")
+        many = unused and count == 2 < s.batch_size  # perhaps other images need them
+        return attempt(channels_last, s.batch_size) if many else unused
+
+    problem, plain = None, map(engine.is_plain, filter(engine.overruns, module.modules()))
+    for channels_last in (True, False) if all(plain) else (False,):
+        try:
+            return channels_last, attempt(channels_last)
+        except RuntimeError as e:  # `view` of a channels-last tensor, say
+            problem = problem or e
+    raise problem
 
 
-def unused_parameters(
-    module: nn.Module, x: Tensor, labels: Tensor, classes: int, channels_last: bool, bf16: bool
-) -> list[str]:
-    """The trained parameters of a module that the loss of a batch does not depend on."""
-    networks = Networks(module, 1, torch.device("cpu"), channels_last)
-    networks.load(0, module.state_dict())
+def check_logits(logits: Any, count: int, classes: int, mode: str = "") -> None:
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if given != (count, classes):
+        problem = f"for {count} images of {classes} classes{mode}, not logits ({count}, {classes})"
+        raise ValueError(f"gives {given} {problem}")
+    if (logits >= 0).all() and ((logits.float().sum(1) - 1).abs() < 1e-3).all():
+        raise ValueError(f"gives probabilities (each row sums to 1){mode}, not logits")
+
+
+def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16: bool) -> list[str]:
+    """The trained parameters of a network that the loss of a batch does not depend on."""
     [tried] = networks.bf16_modules() if bf16 else networks.modules
-    counts = {k: b.clone() for k, b in tried.named_buffers() if not b.is_floating_point()}
+    saved, flags = tried.state_dict(), kept(tried, bool)
+    counts = ((k, b) for k, b in tried.named_buffers() if not b.is_floating_point())
+    counts = dict(counts) | {k: b for k, b in tried.named_buffers() if k not in saved}
+    before = {k: fingerprint(b) for k, b in counts.items()}
+    others = random.getstate(), str(np.random.get_state())
     with torch.random.fork_rng(devices=[]):
-        before, random = torch.get_rng_state(), []
+        state, drawn = torch.get_rng_state(), []
 
         def note(part: nn.Module, inputs: Any, output: Any, name: str) -> None:
-            if not torch.equal(torch.get_rng_state(), before):
-                random.append(f"{name or 'the module'} ({type(part).__name__})")
+            if not torch.equal(torch.get_rng_state(), state):
+                drawn.append(f"{name or 'the module'} ({type(part).__name__})")
 
         for name, part in tried.named_modules():
             part.register_forward_hook(functools.partial(note, name=name))
         images = networks.arrange(x.bfloat16() if bf16 else x)
-        logits, again = (tried.train()(images) for _ in range(2))
-    if random:
+        logits, once, again = tried(images), kept(tried), tried(images)
+    if others != (random.getstate(), str(np.random.get_state())):
+        drawn.append("the module")
+    if drawn:
         problem = "uses randomness in forward(), so exact resume is not supported"
-        raise ValueError(f"{random[0]} {problem}")
-    for k, b in tried.named_buffers():
-        if k in counts and not torch.equal(b, counts[k]):
-            raise ValueError(f"{k} ({b.dtype}) changes in forward(): buffers must be float32")
-    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if given != (len(x), classes):
-        problem = f"for {len(x)} images of {classes} classes, not logits ({len(x)}, {classes})"
-        raise ValueError(f"gives {given} {problem}")
+        raise ValueError(f"{drawn[0]} {problem}")
+    for k, b in counts.items():
+        if fingerprint(b) != before[k]:
+            remedy = "buffers must be float32" if k in saved else "register it as persistent"
+            raise ValueError(f"{k} ({b.dtype}) changes in forward(): {remedy}")
+    for k, v in kept(tried).items():
+        if v != flags.get(k, v) or v != once.get(k, v):
+            raise ValueError(f"{k} changes in forward() but is no buffer: it would not be saved")
+    check_logits(logits, len(x), classes)
     if not torch.equal(logits.nan_to_num(), again.nan_to_num()):
         raise ValueError("gives other logits for the same images at a second call")
     trained = {k: p for k, p in tried.named_parameters() if p.requires_grad}
     if not trained or not logits.requires_grad:
         raise ValueError("its logits depend on no parameter that is trained")
-    loss = F.cross_entropy(logits.float(), labels)
+    loss, own = F.cross_entropy(logits.float(), labels), {id(p) for p in trained.values()}
+    if any(id(leaf) not in own for leaf in leaves(loss)):
+        where = "that is none of its own parameters (of a closure, a list, a global)"
+        raise ValueError(f"its logits depend on a trained tensor {where}")
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return [k for k, g in zip(trained, gradients, strict=True) if g is None]
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a gradient of `loss` would accumulate in."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 def check_data(s: Settings, data: Data) -> None:
@@ -596,6 +663,15 @@ def check_data(s: Settings, data: Data) -> None:
         raise UserError(f"{window}: {have}")
 
 
+def set_numerics(bf16: bool, fast: bool) -> None:
+    """cuDNN gives the same bits each time unless `fast`. float32 is float32 throughout; beside
+    training in bfloat16 the convolutions of an evaluation round their factors to TF32 (11 bits)."""
+    torch.backends.cudnn.deterministic = not fast
+    torch.backends.cudnn.benchmark = fast
+    torch.backends.cudnn.allow_tf32 = bf16 or fast
+    torch.backends.cuda.matmul.allow_tf32 = fast
+
+
 def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHING) -> Study:
     """Loads the data, tries the model, refuses what cannot work, before anything is trained.
     `stage` is the file of the stage."""
@@ -608,7 +684,7 @@ def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHIN
     auto = {"engine": "graph" if cuda else "eager", "precision": "bf16" if cuda else "fp32"}
     auto = {k: v for k, v in auto.items() if getattr(s, k) == "auto"}
     s = dataclasses.replace(s, device=str(device), fast=s.fast and cuda, **auto)
-    engine.set_numerics(s.precision == "bf16", s.fast)
+    set_numerics(s.precision == "bf16", s.fast)
     data = load_data(s, device, handed_in.data)
     check_data(s, data)
     model = find_model(s, data, handed_in)
@@ -694,7 +770,7 @@ def pretrain(
             known = {"diverged": networks.diverged[r].item(), "seconds": run.seconds}
             known["test_accuracy"] = accuracies[r] if known["diverged"] < 0 else None
             known["tracked"] = {k: v[r].cpu().clone() for k, v in training.extra.items()}
-            run.save("pretrained.pt", start_from(networks.state(r), data, rewind, **known))
+            run.save("pretrained.pt", study.start_from(networks.state(r), rewind, **known))
     for run in group:
         if (step := run.load("pretrained.pt")["diverged"]) >= 0:
             lower = f"lower --pretrain-lr ({s.pretrain_lr:g})"
@@ -707,17 +783,6 @@ def about_start(run: Run) -> dict[str, Any]:
     return {k: start[k] for k in ("step", "test_accuracy", "fingerprint", "seconds")}
 
 
-def start_from(
-    model: dict[str, Tensor], data: Data, step: int | None, mask: dict | None = None, **more: Any
-) -> dict:
-    """The content of pretrained.pt: w_tr as `model`, the masks by layer that it starts under, if
-    any, and what is known of it."""
-    state = {"model": model, "mask": mask} if mask else {"model": model}
-    about = {"step": step, "data": data.fingerprint, "diverged": -1}
-    about |= {"test_accuracy": None, "seconds": 0.0}
-    return {**state, "fingerprint": fingerprint(state), **about, **more}
-
-
 def adopt(run: Run, start: dict[str, Any]) -> None:
     """Takes another's w_tr as the run's own; UserError if it has a different one."""
     mine = run.load("pretrained.pt")
@@ -725,72 +790,6 @@ def adopt(run: Run, start: dict[str, Any]) -> None:
         raise UserError(f"{run.folder} began from another w_tr: {options.REMEDIES}")
     if not mine:
         run.save("pretrained.pt", start)
-
-
-def read_starts(
-    study: Study,
-    flag: str,
-    path: Path,
-    replicates: Iterable[int],
-    rewind: int | None,
-    mask: Path | None = None,
-) -> dict[int, dict[str, Any]]:
-    """By replicate, w_tr from a pretrained.pt, or rep<k>/pretrained.pt in a folder, or a file with
-    anyone's network and the step `rewind` it was trained to, under the file's own mask or `mask`;
-    UserError where one does not fit the data, the model, the step or the others."""
-    s, data, starts = study.settings, study.data, {}
-    for replicate in replicates:
-        file = start_file(path, replicate)
-        source = f"{flag} {file}"
-        networks = study.networks(1)
-        network = read_network(study, file, source)
-        about = network.about
-        step, problem = about.get("step", rewind), ""
-        if step is None:
-            problem = "give --rewind, the step it was trained to"
-        elif about.get("data", data.fingerprint) != data.fingerprint:
-            problem = f"made from other data than {data.name}"
-        elif rewind not in (None, step):
-            problem = f"trained for {step} steps, not --rewind {rewind}"
-        elif about.get("diverged", -1) >= 0:
-            problem = f"diverged at step {about['diverged']}"
-        elif step >= s.steps:
-            problem = f"trained to step {step} of --steps {s.steps}"
-        if problem:
-            raise UserError(f"{source}: {problem}")
-        masks = read_mask(mask, networks) if mask else network.masks
-        networks.load(0, network.state, masks)
-        accuracy = about.get("test_accuracy") if not mask else None
-        if accuracy is None:
-            accuracy = engine.accuracy_and_loss(networks, data)[0][0]
-        start = start_from(networks.state(0), data, step, masks, test_accuracy=accuracy)
-        starts[replicate], rewind = start | {"seconds": about.get("seconds", 0.0)}, step
-    return starts
-
-
-def start_file(path: Path, replicate: int) -> Path:
-    """What holds w_tr of a replicate: of a folder its rep<k>/pretrained.pt."""
-    return path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
-
-
-def step_of(path: Path, replicate: int) -> int:
-    """The step that one of our pretrained.pt was trained to."""
-    return runs.read_tensors(start_file(path, replicate))["step"]
-
-
-def read_mask(path: Path, networks: Networks) -> dict[str, Tensor]:
-    """The masks by layer of --mask."""
-    shapes = {name: view.shape for name, view in networks.layers.items()}
-    return optional("inputs").read_mask(path, shapes, f"--mask {path}")
-
-
-def read_network(study: Study, file: Path, source: str) -> Any:
-    """The network of a file, ours or anyone's, under the names of the study's model."""
-    module = study.model.build()
-    wanted = {k: v.shape for k, v in module.state_dict().items()}
-    wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
-    prunable = {engine.layer_name(k): k for k in engine.prunable_parameters(module)}
-    return optional("inputs").read_network(file, wanted, prunable, source)
 
 
 def chance_accuracy(data: Data) -> float:

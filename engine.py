@@ -290,13 +290,24 @@ def strided_pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x[:, :, ::rows, ::columns], conv.weight, conv.bias)
 
 
+def overruns(m: nn.Module) -> bool:
+    """Whether oneDNN would write the weight gradient of a channels-last convolution past its
+    workspace (uxlfoundation/oneDNN #6035: 1x1, strided, fewer input channels than a vector)."""
+    plain = isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding in ((0, 0), "valid")
+    return plain and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution, perhaps of a class derived from nn.Conv2d, computes as that does."""
+    calls = ((getattr(conv, k), getattr(nn.Conv2d, k)) for k in ("forward", "_conv_forward"))
+    return all(getattr(own, "__func__", None) is theirs for own, theirs in calls)
+
+
 def avoid_overrun(module: nn.Module) -> None:
-    """Replaces, in place, the convolutions of a module on the CPU whose weight gradient oneDNN
-    writes past its workspace (uxlfoundation/oneDNN #6035: 1x1, strided, channels-last, fewer input
-    channels than a vector holds) by the same function without that code."""
+    """Replaces, in place, on the CPU, plain convolutions that would overrun by the same function
+    without that code."""
     for m in module.modules():
-        plain = isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding in ((0, 0), "valid")
-        if plain and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16:
+        if overruns(m) and is_plain(m):
             m.forward = functools.partial(strided_pointwise, m)
 
 
@@ -345,9 +356,8 @@ class Networks:
     def view(self, row: int, bf16: bool = False) -> nn.Module:
         """A module whose tensors are views of a row; with `bf16`, all trained parameters but those
         of BatchNorm are views of `self.weights_bf16`."""
-        module = copy.deepcopy(self.template).to(self.weights.device)
-        norms = [m for m in module.modules() if isinstance(m, NORMS)]
-        full = {id(p) for m in norms for p in m.parameters()}
+        module = copy.deepcopy(self.template).train().to(self.weights.device)
+        full = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
         for view in self.parameters:
             p = tensors[view.name]
@@ -357,8 +367,9 @@ class Networks:
             p.grad = None if bf16 else view.of(self.gradient[row])
         for view in self.fixed:
             tensors[view.name].data = view.of(self.statistics[row])
-        for m in norms:
-            m.num_batches_tracked = None  # the momentum of the statistics is fixed: nothing counts
+        for m in module.modules():
+            if "num_batches_tracked" in m._buffers:
+                m.num_batches_tracked = None  # the momentum is fixed: nothing counts
         if self.weights.device.type == "cpu":
             avoid_overrun(module)
         return module
@@ -601,7 +612,8 @@ class GradientTargets:
 
     def backward(self, loss: Tensor) -> None:
         groups = self.groups.values()
-        gradients = list(torch.autograd.grad(loss, [p for group, _ in groups for p in group]))
+        parameters = [p for group, _ in groups for p in group]
+        gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
         for _, targets in groups:
             torch._foreach_copy_(targets, gradients[: len(targets)])
             del gradients[: len(targets)]
@@ -710,7 +722,7 @@ def predict(networks: Networks, data: Data, images: Tensor) -> Tensor:
     for module in networks.modules:
         module.eval()
         for x in images.split(eval_batch_size(images.device)):
-            logits.append(module(networks.arrange(normalise(data, x))))
+            logits.append(module(networks.arrange(normalise(data, x))).float())
         module.train()
     return torch.cat(logits).view(networks.rows, len(images), -1)
 
@@ -786,15 +798,3 @@ def side_by_side(group: list[Run], phase: str) -> list[list[Run]]:
         saved = run.resume(phase)
         by_step.setdefault(saved["step"] if saved else -1, []).append(run)
     return list(by_step.values())
-
-
-# ---- the device ----------------------------------------------------------------------------------
-
-
-def set_numerics(bf16: bool, fast: bool) -> None:
-    """cuDNN gives the same bits each time unless `fast`. float32 is float32 throughout; beside
-    training in bfloat16 the convolutions of an evaluation round their factors to TF32 (11 bits)."""
-    torch.backends.cudnn.deterministic = not fast
-    torch.backends.cudnn.benchmark = fast
-    torch.backends.cudnn.allow_tf32 = bf16 or fast
-    torch.backends.cuda.matmul.allow_tf32 = fast

@@ -138,7 +138,7 @@ def level_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
 
 def read_mask(study: Study, scratch: Networks) -> Tensor:
     """The mask (P,) of --mask."""
-    return scratch.flat_mask(common.read_mask(study.settings.mask, scratch))
+    return scratch.flat_mask(common.optional("inputs").mask_of(study.settings.mask, scratch))
 
 
 def control_mask(study: Study, run: Run, level: int, scratch: Networks) -> Tensor:
@@ -174,8 +174,8 @@ def masked_starts(study: Study, group: list[Run], level: int) -> list[tuple[Run,
         mask = ranked(study, run, level, scratch).clone()
         empty = [k for k, view in scratch.layers.items() if not mask[view.columns].any()]
         if empty:
-            remedy = f"use --levels {level - 1}"
-            run.ended = f"level {level} leaves {empty[0]} without weights: {remedy}"
+            remedy = f": use --levels {level - 1}" * (level > 0)
+            run.ended = f"level {level} leaves {empty[0]} without weights{remedy}"
         else:
             pairs.append((run, mask))
     return pairs
@@ -305,7 +305,7 @@ def start_control(study: Study, run: Run) -> None:
     s, ticket = study.settings, ticket_folder(study, run)
     if s.control == "reinit":
         model = study.initial_state_dict(REINIT + run.replicate)
-        return common.adopt(run, common.start_from(model, study.data, 0))
+        return common.adopt(run, study.start_from(model, 0))
     common.adopt(run, runs.read_tensors(ticket / "pretrained.pt"))
     dense = runs.read_tensors(ticket / "level00.pt")
     run.log("level00", s.steps, **dense["numbers"])
@@ -360,7 +360,7 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
     if not found:
         raise UserError(f"--verify {folder}: no config.json there or in rep<k> below it")
     settings = runs.read_json(found[0], "settings")["settings"]
-    keys = ("depth", "width", "batch_size", "steps", "rewind", "precision")
+    keys = ("depth", "width", "batch_size", "steps", "rewind", "precision", "seed")
     known = {k: settings[k] for k in keys if settings.get(k) is not None}
     named = settings["dataset"] in options.PRESETS
     return known | ({"dataset": settings["dataset"]} if named else {})
@@ -368,27 +368,32 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
 
 def verify(study: Study) -> list[dict]:
     """Measures the saved levels of finished runs again; returns, for each, recorded and measured
-    accuracies. UserError where one differs by more than an example in a thousand."""
+    accuracies. UserError where one differs by more than an example in a thousand, or is missing."""
     folder, rows, wrong = study.settings.verify, [], []
     for config in sorted([*folder.glob("config.json"), *folder.glob("rep*/config.json")]):
         settings = runs.read_json(config, "settings")["settings"]
         if settings["data"] != study.data.fingerprint:
             raise UserError(f"{config.parent} was made from other data than {study.data.name}")
-        networks = study.networks(1)
-        for path in sorted(config.parent.glob("level*.pt")):
-            network = common.read_network(study, path, f"--verify {path}")
+        networks, result = study.networks(1), config.with_name("result.json")
+        levels = runs.read_json(result).get("levels", []) if result.exists() else []
+        named = {config.with_name(level_file(x["level"])): x for x in levels}
+        for path in sorted({*config.parent.glob("level*.pt"), *named}):
+            network = common.optional("inputs").network_of(study, path, f"--verify {path}")
             networks.load(0, network.state, network.masks)
-            recorded = network.about["numbers"]
+            recorded = named.get(path, network.about["numbers"])
+            known = (recorded, network.about["numbers"])
             accuracy = engine.accuracy_and_loss(networks, study.data)[0][0]
             left = networks.mask[0].double().mean().item()
             row = {"file": str(path), "recorded": recorded["test_accuracy"], "measured": accuracy}
-            same = abs(accuracy - recorded["test_accuracy"]) <= 1e-3 + 1e-9
-            if not same or left != recorded["weights_remaining"]:
+            same = all(abs(accuracy - x["test_accuracy"]) <= 1e-3 + 1e-9 for x in known)
+            if not same or any(left != x["weights_remaining"] for x in known):
                 wrong.append(path)
             rows.append(row | {"weights_remaining": left})
             if not study.settings.quiet:
                 shown = f"recorded {row['recorded']:.4f}, measured {accuracy:.4f}"
                 runs.say(f"{path}: {left:.2%} of weights, {shown}" + ", DIFFERS" * (path in wrong))
+    if not rows:
+        raise UserError(f"--verify {folder}: no levelNN.pt there or in rep<k> below it")
     if wrong:
         remedy = "to make one again, remove it and result.json and repeat the run's command"
         raise UserError(
@@ -403,7 +408,7 @@ def verify(study: Study) -> list[dict]:
 def plan(s: Settings) -> list[options.Planned]:
     """The runs of the command; reads no data."""
     if s.init and s.rewind is None:
-        s = dataclasses.replace(s, rewind=common.step_of(s.init, s.replicate[0]))
+        s = dataclasses.replace(s, rewind=common.optional("inputs").step_of(s.init, s.replicate[0]))
     first = 0 if s.control == "reinit" else s.rewind
     pretrained = bool(s.control or s.init)
     steps = s.rewind * (not pretrained) + (s.levels + 1) * (s.steps - first)
@@ -420,9 +425,15 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         raise UserError(f"{study.model.name} has no prunable weight: {study.about['model']}")
     if s.verify:
         return verify(study)
+    if s.control == "reinit":
+        own, other = (study.initial_state_dict(k + s.replicate[0]) for k in (0, REINIT))
+        if runs.fingerprint(own) == runs.fingerprint(other):
+            raise UserError(f"--control reinit: {study.model.name} always has the same weights")
     starts = {}
     if s.init:
-        starts = common.read_starts(study, "--init", s.init, s.replicate, s.rewind, s.mask)
+        starts = common.optional("inputs").read_starts(
+            study, "--init", s.init, s.replicate, s.rewind, s.mask
+        )
         study = study.replace(rewind=starts[s.replicate[0]]["step"])
     s, folder = study.settings, study.folder("imp", name_of(study.settings, s.control))
     levels = f"rewind {s.rewind}, {s.levels} levels, replicates {len(s.replicate)}"

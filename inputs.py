@@ -8,6 +8,8 @@ import argparse
 import collections
 import contextlib
 import difflib
+import dis
+import functools
 import hashlib
 import pathlib
 import re
@@ -24,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import engine
+import options
 import runs
 from runs import UserError, one_line
 
@@ -166,8 +170,10 @@ def dicts_of_tensors(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple
         return
     items = list(content.items() if isinstance(content, dict) else enumerate(content))
     arrays = {k: v for k, v in items if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
+    arrays = {k: v for k, v in arrays.items() if v.itemsize <= 8}  # no long double
     native = {k: v.astype(v.dtype.newbyteorder("="), order="C") for k, v in arrays.items()}
-    tensors = {k: v.detach() for k, v in items if isinstance(v, Tensor)}
+    tensors = {k: v.detach() for k, v in items if isinstance(v, Tensor) and not v.is_meta}
+    tensors = {k: v if v.layout == torch.strided else v.to_dense() for k, v in tensors.items()}
     tensors |= {k: torch.from_numpy(v) for k, v in native.items()}
     if named := {k: v for k, v in tensors.items() if isinstance(k, str)}:
         yield ".".join(keys), {k: v for k, v in named.items() if k.split(".")[-1] not in COUNTERS}
@@ -283,7 +289,6 @@ def as_float32(source: str, name: str, values: Tensor) -> Tensor:
     weight = re.search(r"(weight|bias|running_)\w*$", name) or values.is_quantized
     if weight and (values.is_quantized or not values.is_floating_point()):
         raise UserError(f"{source}: {name} is {values.dtype}, expected floating-point weights")
-    values = values.to_dense() if values.layout != torch.strided else values
     values = values.float() if values.is_floating_point() else values
     if not values.isfinite().all():
         worst = "NaN" if values.isnan().any() else "infinite values (as float32)"
@@ -308,11 +313,13 @@ def read_network(
         about = {k: v for k, v in content.items() if k not in ("model", "mask", "file")}
         content = {k: content[k] for k in ("model", "mask") if k in content}
     for key in ("mask", "masks"):
-        if isinstance(content, dict) and isinstance(content.get(key), Tensor | np.ndarray | list):
+        value = content.get(key) if isinstance(content, dict) else None
+        if value and not isinstance(value, dict):
             raise UserError(f'{source}: "{key}" is not a dict of masks by layer')
     candidates, pruned, masks, mask_dicts = [], {}, {}, []
+    layers = {layer: wanted[name] for layer, name in prunable.items()}
     for where, tensors in dicts_of_tensors(content):
-        if is_mask(where):
+        if is_mask(where) or names_masks(tensors, layers):
             mask_dicts.append((where, tensors))
             continue
         if not any(n.endswith(("_orig", ".original")) for n in wanted):
@@ -338,7 +345,6 @@ def read_network(
         runs.warn(f"{source}: float64 weights are rounded to float32")
     state = {n: as_float32(source, n, chosen.tensors[n]) for n in wanted}
     buffers = pruned[chosen.where]
-    layers = {layer: wanted[name] for layer, name in prunable.items()}
     masks = None
     if mask_dicts:
         masks = choose_masks(source, mask_dicts, layers)
@@ -380,7 +386,20 @@ def contents(value: Any) -> str:
 
 
 def is_mask(where: str) -> bool:
-    return "mask" in where.rpartition(".")[2].lower()
+    """Whether a dict at these dotted keys, or one around it, is called masks."""
+    *around, key = where.lower().split(".")
+    return "mask" in key or not {"mask", "masks"}.isdisjoint(around)
+
+
+def by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(r"(^|\.)weight$", "", pruned_name(k)): t for k, t in tensors.items()}
+
+
+def names_masks(tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> bool:
+    """Whether a dict under any key has booleans for our layers, and nothing else."""
+    found = groups("", by_layer(tensors), shapes)
+    named = any(g.tensors.keys() & shapes.keys() for g in found)
+    return named and all(t.dtype == torch.bool for t in tensors.values())
 
 
 def mask_problem(mask: Tensor, shape: torch.Size | None) -> str:
@@ -410,13 +429,19 @@ def choose_masks(source: str, dicts: list, shapes: dict[str, torch.Size]) -> dic
     """Masks (bool) by layer, from dicts that have them by layer or weight; see `masks_misfit`."""
     found = []
     for where, tensors in dicts:
-        layers = {re.sub(r"(^|\.)weight$", "", pruned_name(k)): t for k, t in tensors.items()}
-        found += groups(where, layers, shapes)
+        found += groups(where, by_layer(tensors), shapes)
     fitting = [g for g in found if not masks_misfit(g.tensors, shapes)]
     if not fitting:
         best = max(found, key=lambda g: len(g.tensors.keys() & shapes.keys()))
         raise UserError(f"{source} {masks_misfit(best.tensors, shapes)}")
-    chosen = only_one(source, fitting, "masks").tensors
+    where, chosen, *_ = only_one(source, fitting, "masks")
+    if re.search(r"(?i)(^|[._])(pruned|dead|removed)$", where):
+        problem = f'"{where}" may be true where a weight is pruned'
+        raise UserError(
+            f'{source}: {problem}: save masks that are true where it is alive as "mask"'
+        )
+    if dead := [layer for layer in shapes if not chosen[layer].any()]:
+        raise UserError(f"{source} prunes every weight of {listed(dead)}")
     return {layer: chosen[layer].bool().clone() for layer in shapes}
 
 
@@ -433,10 +458,81 @@ def read_mask(path: Path, shapes: dict[str, torch.Size], source: str = "") -> di
     chosen = [d for d in dicts if is_mask(d[0])] or chosen or dicts
     if not chosen:
         raise UserError(f"{source} contains no mask (found {contents(content)})")
-    masks = choose_masks(source, chosen, shapes)
-    if dead := [layer for layer, mask in masks.items() if not mask.any()]:
-        raise UserError(f"{source} prunes every weight of {listed(dead)}")
-    return masks
+    return choose_masks(source, chosen, shapes)
+
+
+# ---- for a study ---------------------------------------------------------------------------------
+
+
+def read_starts(
+    study: Any,
+    flag: str,
+    path: Path,
+    replicates: Iterable[int],
+    rewind: int | None,
+    mask: Path | None = None,
+) -> dict[int, dict[str, Any]]:
+    """By replicate, w_tr from a pretrained.pt, or rep<k>/pretrained.pt in a folder, or a file with
+    anyone's network and the step `rewind` it was trained to, under the file's own mask or `mask`;
+    UserError where one does not fit the data, the model, the step or the others."""
+    s, data, starts = study.settings, study.data, {}
+    for replicate in replicates:
+        file = start_file(path, replicate)
+        source = f"{flag} {file}"
+        networks = study.networks(1)
+        network = network_of(study, file, source)
+        about = network.about
+        step, problem = about.get("step", rewind), ""
+        if step is None:
+            problem = "give --rewind, the step it was trained to"
+        elif about.get("data", data.fingerprint) != data.fingerprint:
+            problem = f"made from other data than {data.name}"
+        elif rewind not in (None, step):
+            problem = f"trained for {step} steps, not --rewind {rewind}"
+        elif about.get("diverged", -1) >= 0:
+            problem = f"diverged at step {about['diverged']}"
+        elif step >= s.steps:
+            problem = f"trained to step {step} of --steps {s.steps}"
+        if problem:
+            raise UserError(f"{source}: {problem}")
+        masks = mask_of(mask, networks) if mask else network.masks
+        networks.load(0, network.state, masks)
+        accuracy = about.get("test_accuracy") if not mask else None
+        if accuracy is None:
+            accuracy = engine.accuracy_and_loss(networks, data)[0][0]
+        start = study.start_from(networks.state(0), step, masks, test_accuracy=accuracy)
+        starts[replicate], rewind = start | {"seconds": about.get("seconds", 0.0)}, step
+    return starts
+
+
+def start_file(path: Path, replicate: int) -> Path:
+    """What holds w_tr of a replicate: of a folder its rep<k>/pretrained.pt."""
+    return path / f"rep{replicate}" / "pretrained.pt" if path.is_dir() else path
+
+
+def step_of(path: Path, replicate: int) -> int:
+    """The step that one of our pretrained.pt was trained to."""
+    return runs.read_tensors(start_file(path, replicate))["step"]
+
+
+def mask_of(path: Path, networks: engine.Networks) -> dict[str, Tensor]:
+    """The masks by layer of --mask."""
+    shapes = {name: view.shape for name, view in networks.layers.items()}
+    return read_mask(path, shapes, f"--mask {path}")
+
+
+def network_of(study: Any, file: Path, source: str) -> Network:
+    """The network of a file, ours or anyone's, under the names of the study's model."""
+    module = study.model.build()
+    wanted = {k: v.shape for k, v in module.state_dict().items()}
+    wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
+    prunable = {engine.layer_name(k): k for k in engine.prunable_parameters(module)}
+    network = read_network(file, wanted, prunable, source)
+    with contextlib.suppress(UserError):  # a level or a child: its run says what it was trained on
+        if network.about and "data" not in network.about:
+            settings = runs.read_json(file.with_name("config.json"), "settings")["settings"]
+            network.about["data"] = settings["data"]
+    return network
 
 
 # ---- indices and scores --------------------------------------------------------------------------
@@ -507,7 +603,112 @@ def check_scores_file(path: Path, n: int) -> np.ndarray:
     return scores
 
 
+def scores_of(study: Any, path: Path) -> np.ndarray:
+    """The scores of --scores (N,), and what scores.json beside them says, checked for a study."""
+    s, data = study.settings, study.data
+    noise = [s.label_noise, s.seed if s.label_noise else 0]
+    scores = check_scores_file(path, len(data.train_labels))
+    beside, problem = path.with_suffix(".json"), None
+    if not beside.exists():
+        return scores
+    about = runs.read_json(beside, "metric")
+    if about.get("sha256_of_scores") != runs.fingerprint(scores):
+        problem = f"damaged, its checksum in {beside.name} differs"
+    elif about.get("data") != data.fingerprint:
+        problem = f"made from other data than {data.name}"
+    elif about.get("label_noise", noise) != noise:
+        problem = "made under other labels (--label-noise, --seed)"
+    if problem:
+        raise UserError(f"--scores {path}: {problem}")
+    if about.get("model", study.model.about)["structure"] != study.model.about["structure"]:
+        runs.warn(f"--scores {path}: made by {about['model']['name']}, not by {study.model.name}")
+    return scores
+
+
 # ---- functions -----------------------------------------------------------------------------------
+
+
+def find_function(spec: str, given: Any) -> tuple[Callable, str, str]:
+    """The function of --model, or that of a call; its name; a fingerprint of its code."""
+    if isinstance(given, nn.Module):
+        kind = f"model: a {type(given).__name__} is a module, which has weights already"
+        raise UserError(f"{kind}: give a function of channels and classes that makes one")
+    if given is not None:
+        return given, getattr(given, "__name__", "model"), runs.fingerprint(meaning(given, {}))
+    function, file = load_function(spec)
+    return function, function.__name__, options.code_hash(file, *runs.imported(file))
+
+
+PLAIN = int | float | complex | str | bytes | None | torch.dtype | torch.device
+
+
+def meaning(value: Any, seen: dict[int, Any]) -> Any:
+    """What `value` makes, as far as its code tells: the compiled code of functions and of methods,
+    and the same of what these refer to; of what is installed the name, of values the value."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor | np.ndarray):
+        return runs.fingerprint(value)
+    if id(value) in seen:
+        return "above"
+    seen[id(value)] = value  # kept, so that no other takes its number
+    each = functools.partial(meaning, seen=seen)
+    if isinstance(value, dict):
+        return [[str(k), each(v)] for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [each(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(each(v)) for v in value)
+    if isinstance(value, functools.partial):
+        return [each(value.func), each(value.args), each(value.keywords)]
+    if isinstance(value, staticmethod | classmethod | types.MethodType):
+        return [each(value.__func__), each(getattr(value, "__self__", None))]
+    if isinstance(value, property):
+        return [each(value.fget)]
+    if hasattr(value, "cache_info"):  # of functools.cache
+        return [each(value.__wrapped__)]
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    module = value.__name__ if isinstance(value, types.ModuleType) else str(kind.__module__)
+    name, own = f"{module}.{kind.__qualname__}", not is_installed(module)
+    if isinstance(value, types.FunctionType) and own:
+        known = value.__globals__
+        cells = [c.cell_contents for c in value.__closure__ or () if c != types.CellType()]
+        names = {k: known[k] for k in sorted(globals_of(value.__code__)) if k in known}
+        parts = cells, value.__defaults__, value.__kwdefaults__, names
+        return [name, compiled(value.__code__), *map(each, parts)]
+    if isinstance(value, type | types.ModuleType) and own:
+        parts = {k: v for k, v in vars(value).items() if k[:2] != "__" or callable(v)}
+        return [name, each(getattr(value, "__bases__", ())), each(parts)]
+    if isinstance(value, nn.Module) or (own and hasattr(value, "__dict__") and kind is type(value)):
+        return [name, each(type(value)), each(vars(value))]
+    return name
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is of Python, of a package, or of this project, which has a hash of its
+    own."""
+    top = module.partition(".")[0]
+    parts = Path(getattr(sys.modules.get(top), "__file__", None) or "").parts
+    if top == "__main__":  # a script or a notebook
+        return False
+    known = {*sys.stdlib_module_names, *runs.OWN_MODULES}
+    return top in known or bool({"site-packages", "dist-packages"} & {*parts})
+
+
+def nested(code: types.CodeType) -> list[types.CodeType]:
+    return [c for c in code.co_consts if isinstance(c, types.CodeType)]
+
+
+def compiled(code: types.CodeType) -> list:
+    values = [str(c) if isinstance(c, PLAIN | tuple) else "" for c in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), values, [compiled(c) for c in nested(code)]]
+
+
+def globals_of(code: types.CodeType) -> set[str]:
+    found = {
+        x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    return found.union(*(globals_of(c) for c in nested(code)))
 
 
 def load_function(spec: str, source: str = "--model") -> tuple[Callable, Path]:
@@ -525,8 +726,9 @@ def load_function(spec: str, source: str = "--model") -> tuple[Callable, Path]:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{source}: {file} {problem}")
-    code = path.read_bytes()
-    digest = hashlib.sha256(bytes(path) + b"\0" + code).hexdigest()[:16]
+    code, beside = path.read_bytes(), runs.imported(path)
+    digest = hashlib.sha256(bytes(path) + b"\0" + code + options.code_hash(*beside).encode())
+    digest = digest.hexdigest()[:16]
     module = sys.modules.get(f"inputs_{digest}") or run_file(path, code, digest, source)
     value = getattr(module, name, None)
     if isinstance(value, nn.Module) or not callable(value):
@@ -551,6 +753,11 @@ def run_file(path: Path, code: bytes, digest: str, source: str) -> types.ModuleT
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # before it runs: dataclasses look for it there
     sys.path.insert(0, str(path.parent))
+    # What it imports from beside it is run with it, whatever has that name already.
+    names = {f.relative_to(path.parent).parts[0].removesuffix(".py") for f in runs.imported(path)}
+    before = {k: m for k, m in sys.modules.items() if k.split(".")[0] in names}
+    for k in before:
+        del sys.modules[k]
     try:
         exec(compile(code, str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as e:
@@ -560,6 +767,9 @@ def run_file(path: Path, code: bytes, digest: str, source: str) -> types.ModuleT
         where = f"line {lines[-1]}: " if lines and lines[-1] else ""
         raise UserError(f"{source}: {where}{type(e).__name__}: {one_line(e)}") from e
     finally:
+        for k in [k for k in sys.modules if k.split(".")[0] in names]:
+            del sys.modules[k]
+        sys.modules.update(before)
         with contextlib.suppress(ValueError):  # the file may have removed it
             sys.path.remove(str(path.parent))
     return module

@@ -179,6 +179,10 @@ def measure(study: Study, states: list[dict[str, torch.Tensor]]) -> dict[str, An
     at_ends = logits(ends)
     alphas = [i / (s.alphas - 1) for i in range(s.alphas)] if s.alphas > 1 else [0.5]
     pairs = list(itertools.combinations(range(len(states)), 2))
+    for k in (k for k, v in states[0].items() if not v.is_floating_point()):
+        if not all(torch.equal(state[k], states[0][k]) for state in states):
+            raise UserError(f"{k} ({states[0][k].dtype}) differs between the networks: no midpoint")
+    middle.load(0, states[0])  # of what is not interpolated
     shape = (2, len(pairs), len(labels))  # of losses, of errors
     barrier, at = np.full(shape, -np.inf, np.float32), np.zeros((*shape[:2], len(alphas)))
     for p, (i, j) in enumerate(pairs):
@@ -338,7 +342,7 @@ def measure_between(study: Study) -> list[dict]:
     """--between: the barriers of saved networks, each with each; returns the result."""
     s, states = study.settings, []
     for path in s.between:
-        network = common.read_network(study, path, f"--between {path}")
+        network = common.optional("inputs").network_of(study, path, f"--between {path}")
         if network.about.get("data", study.data.fingerprint) != study.data.fingerprint:
             raise UserError(f"--between {path}: trained on other data than {study.data.name}")
         states.append(network.state)
@@ -412,7 +416,7 @@ def plan(s: Settings) -> list[options.Planned]:
     if s.between:  # nothing is trained
         return [options.Planned(options.run_folder(s, "lmc", "between"), 0, False, 0)]
     found = []
-    for t in s.rewind or (common.step_of(s.parent, s.replicate[0]),):
+    for t in s.rewind or (common.optional("inputs").step_of(s.parent, s.replicate[0]),):
         one = at_spawn(s, t)
         folder = options.run_folder(one, "lmc", name_of(one, t))
         steps = t * (not s.parent) + s.children * (s.steps - t)
@@ -429,7 +433,9 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
         return measure_between(study)
     if s.parent:
         given = points[0] if points else None
-        starts = common.read_starts(study, "--parent", s.parent, s.replicate, given)
+        starts = common.optional("inputs").read_starts(
+            study, "--parent", s.parent, s.replicate, given
+        )
         points = (starts[s.replicate[0]]["step"],)
     folders = [study.folder("lmc", name_of(at_spawn(s, t), t)) for t in points]
     if not common.announce(study, f"{s.children} children", ", ".join(map(str, folders))):

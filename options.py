@@ -488,6 +488,7 @@ def as_function(main: Callable, flags: Callable[[], SettingsParser], example: st
     """A stage as a function: its flags, with underscores, are keywords; a run directory identical
     to the command's. Raises UserError for a mistake and KeyboardInterrupt after a saved Ctrl-C."""
     parser = flags()
+    code_identity.cache_clear()  # the stage may be one that a notebook has reloaded
 
     def call(**settings: Any) -> Any:
         model = settings.pop("model") if callable(settings.get("model")) else None
@@ -528,11 +529,12 @@ def as_words(parser: Parser, settings: dict[str, Any]) -> list[str]:
             off = [flag for flag in names if flag.startswith("--no-")]
             words += names[:1] if value else off
         elif value is not None and value is not PRESET:
-            listed = isinstance(value, list | tuple | range)
-            if flags[name].nargs == "+":
-                words += [names[0], *map(str, value if listed else [value])]
-            else:
-                words.append(f"{names[0]}={','.join(map(str, value)) if listed else value}")
+            each = value if isinstance(value, list | tuple | range) else [value]
+            if flags[name].type is path and not all(isinstance(v, str | Path) for v in each):
+                what = f"{name}: expected the path of a file, not a {type(value).__name__}"
+                raise UserError(f"{what}: save it (np.save, torch.save) and give the path")
+            text = [*map(str, each)]
+            words += [names[0], *text] if flags[name].nargs else [f"{names[0]}={','.join(text)}"]
     return words
 
 
@@ -546,23 +548,23 @@ def code_hash(*files: Path) -> str:
     """Of source files, without blank lines and lines of comment."""
     digest = hashlib.sha256()
     for file in files:
+        comment = b"#" if file.suffix == ".py" else b"//"
         lines = file.read_bytes().splitlines() if file.exists() else []
         stripped = (line.rstrip() for line in lines)
-        kept = (x for x in stripped if x and not x.lstrip().startswith((b"#", b"//")))
+        kept = (x for x in stripped if x and not x.lstrip().startswith(comment))
         digest.update(b"\n".join(kept) + b"\0")
     return digest.hexdigest()[:16]
 
 
 @functools.cache
 def code_identity(stage: Path | None) -> dict[str, str]:
-    """Hashes of the code that makes a result, by role: the stage's file and the shared ones."""
-    files = {name: (HERE / name,) for name in SHARED}
-    files["csrc"] = tuple(HERE / "csrc" / name for name in OPERATIONS)
-    if not are_compiled():
-        del files["csrc"]
-    if stage:
-        files["stage"] = (stage,)
-    return {role: code_hash(*paths) for role, paths in files.items()}
+    """Hashes of the code that makes a result, by role: the stage's file and the shared ones, each
+    with what it imports from beside it."""
+    files = {name: HERE / name for name in SHARED} | ({"stage": stage} if stage else {})
+    hashes = {role: code_hash(path, *runs.imported(path)) for role, path in files.items()}
+    if are_compiled():
+        hashes["csrc"] = code_hash(*(HERE / "csrc" / name for name in OPERATIONS))
+    return hashes
 
 
 RELEASES = HERE / "data/releases.json"  # version -> {role or stage: hash}

@@ -4,6 +4,7 @@ Knows no network and no data set. Whatever is written is written atomically and 
 read; an interrupted run resumes from its last checkpoint.
 """
 
+import ast
 import contextlib
 import csv
 import ctypes
@@ -308,6 +309,26 @@ def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
         raise
     except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
         raise UserError(f"{path} is damaged, or no .npz ({one_line(e)})") from e
+
+
+OWN_MODULES = ("common", "csrc", "engine", "inputs", "loading", "options", "runs")
+
+
+def imported(file: Path) -> list[Path]:
+    """The files beside a Python file that it and these import, but for this project's own."""
+    found = [file]
+    for path in found:
+        names, nodes = set(), []
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            nodes = [*ast.walk(ast.parse(path.read_bytes()))]
+        for n in (n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)):
+            names |= {f"{getattr(n, 'module', '') or ''}.{a.name}".strip(".") for a in n.names}
+        for parts in (name.split(".") for name in sorted(names)):
+            ends = (parts, parts[:-1]) if parts[0] not in OWN_MODULES else ()
+            near = [d.joinpath(*p) for d in (file.parent, path.parent) for p in ends if p]
+            new = [f for p in near for f in (p.with_suffix(".py"), p / "__init__.py")]
+            found += [f for f in dict.fromkeys(new) if f.is_file() and f not in found]
+    return found[1:]
 
 
 def unless_damaged(read: Callable[[], Any]) -> Any:

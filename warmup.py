@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import engine
@@ -128,8 +129,10 @@ def top_eigenvalue(
     def flat(tensors: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors])
 
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with batch_statistics(module), exact:
+    # Neither cuDNN's recurrent layers nor flash attention can be differentiated twice.
+    cudnn = not any(isinstance(m, nn.RNNBase) for m in module.modules())
+    exact = torch.backends.cudnn.flags(enabled=cudnn, deterministic=True, allow_tf32=False)
+    with batch_statistics(module), exact, sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(module(x), y)
         found = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
         parameters = [p for p, g in zip(trained, found, strict=True) if g is not None]

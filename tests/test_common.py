@@ -1,6 +1,8 @@
 """Subsets, label noise, the ResNet, scores and pre-training, against NumPy and plain PyTorch."""
 
+import functools
 import math
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +10,13 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from conftest import same, study_of
 from torch import nn
 
 import common
 import engine
+import inputs
 import runs
 from runs import UserError
 
@@ -149,12 +153,90 @@ def flat(*parts):
     return nn.Sequential(nn.Flatten(), *parts, nn.Linear(64, 10))
 
 
+class Does(nn.Module):
+    """Two layers of which `forward(module, logits, x)` makes the output."""
+
+    def __init__(self, forward=lambda m, y, x: y, *prepare):
+        super().__init__()
+        self.first, self.last, self.calls, self.does = (
+            nn.Linear(64, 64),
+            nn.Linear(64, 10),
+            0,
+            forward,
+        )
+        for do in prepare:
+            do(self)
+
+    def forward(self, x):
+        return self.does(self, self.last(self.first(x.flatten(1))), x)
+
+
+def count(m, y, x):
+    m.calls += 1
+    return y
+
+
+def drift(m, y, x):
+    m.mean.add_(0.1)
+    return y
+
+
+def drawn(m, y, x):
+    random.random()
+    return y
+
+
+def by_closure(m):
+    m.last.register_forward_hook(lambda _, inputs, output: output * m.first.bias.sum())
+
+
+OUTSIDE = nn.Parameter(torch.ones(10))
 REFUSED = {
     r"1 \(Dropout\) uses randomness": lambda *_: flat(nn.Dropout(0.1)),
+    "the module uses randomness": lambda *_: Does(drawn),
     r"1.weight is torch.float64": lambda *_: flat().double(),
+    r"p is torch.complex64": lambda *_: Does(
+        lambda m, y, x: y, lambda m: m.register_parameter("p", nn.Parameter(torch.ones(1) * 1j))
+    ),
+    r"p is torch.bool": lambda *_: Does(
+        lambda m, y, x: y,
+        lambda m: m.register_parameter("p", nn.Parameter(torch.ones(1) > 0, requires_grad=False)),
+    ),
     "1: BatchNorm with momentum=None": lambda *_: flat(nn.BatchNorm1d(64, momentum=None)),
     r"gives \(2, 7\) for 2 images of 10 classes": lambda *_: flat(nn.ReLU(), nn.Linear(64, 7))[:3],
+    r"gives \(2,\) for 2 images of 10 classes in eval mode": lambda *_: Does(
+        lambda m, y, x: y if m.training else y.argmax(1)
+    ),
+    r"gives tuple for 2 .* in eval mode": lambda *_: Does(
+        lambda m, y, x: y if m.training else (y, x)
+    ),
+    r"gives probabilities \(each row sums to 1\), not": lambda *_: Does(
+        lambda m, y, x: y.softmax(1)
+    ),
+    r"gives probabilities .* in eval mode": lambda *_: Does(
+        lambda m, y, x: y if m.training else y.softmax(1)
+    ),
+    "holds a computed weight": lambda *_: Does(
+        lambda m, y, x: y, lambda m: torch.nn.utils.prune.identity(m.last, "weight")
+    ),
     "depend on no parameter that is trained": lambda *_: flat().requires_grad_(False),
+    "depend on a trained tensor that is none of its own": lambda *_: Does(
+        lambda m, y, x: y * OUTSIDE
+    ),
+    "trained tensor that is none of its own parameters": lambda *_: Does(
+        lambda m, y, x: y, by_closure
+    ),
+    "calls changes in forward": lambda *_: Does(count),
+    "mean .* changes in forward.*persistent": lambda *_: Does(
+        drift, lambda m: m.register_buffer("mean", torch.zeros(1), persistent=False)
+    ),
+    "last.weight shares the memory of first.weight": lambda *_: Does(
+        lambda m, y, x: y, lambda m: setattr(m.last.weight, "data", m.first.weight.data[:10])
+    ),
+    "differs when made again with one seed": lambda *_: Does(
+        lambda m, y, x: y,
+        lambda m: nn.init.constant_(m.last.bias, random.random()),
+    ),
 }
 
 
@@ -163,6 +245,119 @@ def test_a_model_that_cannot_be_kept_exact_is_refused_by_name(problem):
     with pytest.raises(UserError, match=rf"^--model .*: .*{problem}") as e:
         study_of("imp", *RANDOM, model=REFUSED[problem])
     assert "\n" not in str(e.value)
+
+
+def small(*flags, **more):
+    return study_of("imp", *RANDOM, *flags, **more)
+
+
+def test_a_template_is_made_from_the_seed():
+    """What a module keeps beside its state_dict is the same in every phase."""
+
+    def shuffled(channels, classes):
+        order = torch.randperm(64)
+        return Does(lambda m, y, x: y, lambda m: setattr(m, "order", order))
+
+    study = small(model=shuffled)
+    torch.manual_seed(1)
+    first, second = (study.networks(1).modules[0].order for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_module_made_in_eval_mode_is_trained_in_training_mode():
+    [module] = small(model=lambda *_: flat(nn.BatchNorm1d(64)).eval()).networks(1).modules
+    assert module.training and module[1].training
+
+
+def test_what_forward_only_leaves_behind_is_allowed():
+    """In bfloat16, too: the last images, and how many they were."""
+
+    def leave(m, y, x):
+        m.images, m.calls = x.clone(), len(x)
+        return y
+
+    for precision in ("fp32", "bf16"):
+        assert small("--precision", precision, model=lambda *_: Does(leave)).model.name == "does"
+
+
+def test_the_same_start_for_all_replicates_is_said(capsys):
+    def fixed(channels, classes):
+        torch.manual_seed(0)
+        return flat()
+
+    small(model=fixed)
+    line = "--model fixed: the initial weights are the same in every replicate\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_users_resnet_initialises_itself(monkeypatch):
+    """One of --model or model=, and one whose weights make_model has set by hand."""
+
+    def ones(*_):
+        model = common.ResNet(8, 2, 1, 10)
+        nn.init.ones_(model.head.weight)
+        return model
+
+    assert small(model=ones).initial_state_dict(0)["head.weight"].eq(1).all()
+    monkeypatch.setattr(common, "make_model", lambda *_: seeded_net)
+    seeded_net = common.seeded(0, 0, ones)
+    assert same(small().initial_state_dict(1), engine.on_cpu(seeded_net.state_dict()))
+
+
+class Experts(nn.Module):
+    """Of eight experts those are used that the images of a batch are sent to."""
+
+    def __init__(self, *_):
+        super().__init__()
+        self.gate, self.experts = (
+            nn.Linear(64, 8),
+            nn.ModuleList(nn.Linear(64, 10) for _ in range(8)),
+        )
+
+    def forward(self, x):
+        x = x.flatten(1)
+        share, best = self.gate(x).softmax(1).max(1)
+        used = best.unique().tolist()
+        return sum((share * (best == k))[:, None] * self.experts[k](x) for k in used)
+
+
+def test_what_only_some_images_need_is_trained(stage):
+    assert (
+        len(small("--batch-size", 256, "--size", 256, model=Experts).model.about["untrained"]) < 8
+    )
+    [result] = stage("imp", *RANDOM, "--levels", 0, "--steps", 8, "--rewind", 0, model=Experts)
+    assert not result["ended"]
+
+
+def test_statistics_of_instance_norm_are_kept(stage, tmp_path):
+    def make(*_):
+        norm = nn.InstanceNorm2d(1, affine=True, track_running_stats=True)
+        return nn.Sequential(norm, nn.Flatten(), nn.Linear(64, 10))
+
+    flags = (*RANDOM, "--levels", 0, "--steps", 8, "--rewind", 0)
+    stage("imp", *flags, out=tmp_path, model=make)
+    [folder] = tmp_path.rglob("rep0")
+    [row] = stage("imp", "--verify", folder, model=make)
+    assert row["measured"] == row["recorded"]
+
+
+def test_logits_of_another_type_are_measured_as_float32(stage):
+    for kind in (torch.float64, torch.bfloat16):
+        model = functools.partial(lambda kind, *_: Does(lambda m, y, x: y.to(kind)), kind)
+        [result] = stage(
+            "imp",
+            *RANDOM,
+            "--levels",
+            0,
+            "--steps",
+            8,
+            "--rewind",
+            0,
+            "--name",
+            f"{kind}"[6:],
+            model=model,
+        )
+        assert not result["ended"]
 
 
 def test_chance_is_the_most_frequent_class_and_two_standard_errors():
@@ -244,13 +439,13 @@ def test_w_tr_of_another_is_taken_if_it_fits(tmp_path):
     study = study_of("imp", *SMALL, *RANDOM, "--out", tmp_path)
     made = pretrained(study, 2)
     folder = made[0][0].parent
-    starts = common.read_starts(study, "--init", folder, (0, 1), None)
+    starts = inputs.read_starts(study, "--init", folder, (0, 1), None)
     for replicate, (_, start) in enumerate(made):
         taken = starts[replicate]
         assert same({k: start["model"][k] for k in taken["model"]}, taken["model"])
         assert (taken["step"], taken["test_accuracy"]) == (2, start["test_accuracy"])
     file, start = folder / "rep1/pretrained.pt", made[1][1]
-    both = common.read_starts(study, "--init", file, (0, 1), 2)
+    both = inputs.read_starts(study, "--init", file, (0, 1), 2)
     assert both[0]["fingerprint"] == both[1]["fingerprint"] == start["fingerprint"]
     with study.runs("imp", "of-a-test", study.describe("subset"), (0, 1)) as (first, second):
         common.adopt(second, start)

@@ -8,7 +8,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import digits, same, training
+from conftest import digits, same, study_of, training
 from torch import nn
 
 import common
@@ -224,6 +224,24 @@ def test_strided_convolutions_of_few_channels_against_float64(size):
     assert shortcuts == 2
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+def test_a_convolution_with_a_forward_of_its_own_keeps_it():
+    """Where PyTorch's would be replaced since oneDNN overruns; then not in channels-last."""
+    torch.manual_seed(0)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), Standardised(8, 16, 1, stride=2), *head)
+    networks = engine.Networks(plain, 1, CPU)
+    networks.load(0, plain.state_dict())
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.allclose(networks.modules[0](x), plain(x), atol=1e-6)
+    assert not study_of("imp", "--subset", "random", model=lambda *_: plain).model.channels_last
+
+
 def test_the_first_step_that_is_not_finite_is_noted():
     diverged = torch.tensor([-1, -1, 4, -1])
     losses = torch.tensor([[1, 2, 3], [1, math.nan, math.inf], [math.nan] * 3, [1, 2, -math.inf]])
@@ -239,10 +257,10 @@ def test_fp32_is_float32_and_evaluation_beside_bf16_may_take_tf32():
             (False, False, (True, False, False)),
             (False, True, (False, True, True)),
         ):
-            engine.set_numerics(bf16, fast)
+            common.set_numerics(bf16, fast)
             assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == expected
     finally:
-        engine.set_numerics(False, False)
+        common.set_numerics(False, False)
 
 
 # ---- exact resume --------------------------------------------------------------------------------

@@ -334,6 +334,36 @@ def test_verify_finds_another_accuracy_mask_or_data_set(measured):
         verify(folder.parent)
 
 
+def test_another_initialisation_must_be_another(stage):
+    def fixed(channels, classes):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+    with pytest.raises(UserError, match=r"^--control reinit: fixed always has the same weights$"):
+        stage("imp", *TINY[2:], "--levels", 1, "--control", "reinit", model=fixed)
+
+
+def test_verify_compares_with_what_the_run_reports(stage, tmp_path):
+    flags = (*TINY, "--levels", 1, "--replicate", "0-1", "--out", tmp_path)
+    stage("imp", *flags)
+    [folder] = {p.parent for p in tmp_path.rglob("rep0")}
+    assert len(stage("imp", "--verify", folder)) == 4
+    levels = [folder / f"rep{k}/level01.pt" for k in (0, 1)]
+    own = levels[0].read_bytes()
+    levels[0].write_bytes(levels[1].read_bytes())  # intact, but another replicate's
+    with pytest.raises(UserError, match=r"^1 of 4 levels differ from what was recorded"):
+        stage("imp", "--verify", folder)
+    levels[0].unlink()
+    with pytest.raises(UserError, match=r"level01.pt does not exist$"):
+        stage("imp", "--verify", folder)
+    levels[0].write_bytes(own)
+    for path in folder.rglob("level*.pt"):
+        path.unlink()
+        (path.parent / "result.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"no levelNN.pt there or in rep<k> below it$"):
+        stage("imp", "--verify", folder)
+
+
 # ---- as a program --------------------------------------------------------------------------------
 
 

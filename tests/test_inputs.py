@@ -4,6 +4,7 @@ against the tensors they were made from; and the one line for what cannot be rea
 import argparse
 import collections
 import copy
+import functools
 import gzip
 import json
 import pickle
@@ -15,6 +16,7 @@ import conftest  # noqa: F401  before torch
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import nn
 
@@ -288,6 +290,32 @@ def test_a_mask_beside_someone_elses_network(tmp_path, capsys):
     content["masks"] = {"head.weight": MASKS["head"]}
     with pytest.raises(UserError, match=r"--init it has no mask for features\.0, lstm"):
         read(tmp_path / "a.pt", content)
+
+
+def test_masks_under_any_key_are_used_or_refused(tmp_path, capsys):
+    flipped = {k: ~m for k, m in MASKS.items()}
+    sparse = {k: m.float().to_sparse() for k, m in MASKS.items()}
+    for masks in ({"alive": MASKS}, {"masks": {"level3": MASKS}}, {"mask": sparse}):
+        network = read(tmp_path / "a.pt", {"model": STATE, **masks})
+        assert_equal(network.state, PRUNED)
+        assert_masks(network.masks)
+    nested = {"mask": {"features": {"0": MASKS["features.0"]}, "head": {"weight": MASKS["head"]}}}
+    for masks, line in (
+        (nested, "has no mask"),
+        ({"mask": "other.pt"}, ': "mask" is not a dict of masks by layer'),
+        ({"pruned": flipped}, ': "pruned" may be true where a weight is pruned'),
+        ({"mask": MASKS | {"head": MASKS["head"] * 0}}, "prunes every weight of head"),
+    ):
+        with pytest.raises(UserError) as e:
+            read(tmp_path / "a.pt", {"model": STATE, **masks})
+        assert str(e.value).replace(" :", ":").startswith(f"--init it {line}".replace(" :", ":"))
+    other = {"model": STATE, "flags": {"resumed": torch.tensor(True)}}
+    assert read(tmp_path / "a.pt", other).masks is None
+    with pytest.raises(UserError, match="--init it contains no network"):
+        read(tmp_path / "a.pt", {k: v.to("meta") for k, v in STATE.items()})
+    np.savez(tmp_path / "a.npz", **{k: m.numpy().astype(np.longdouble) for k, m in MASKS.items()})
+    with pytest.raises(UserError, match="contains no mask"):
+        inputs.read_mask(tmp_path / "a.npz", SHAPES)
 
 
 def test_a_models_own_parametrizations_are_weights(tmp_path):
@@ -643,3 +671,73 @@ def test_what_is_no_function(tmp_path, monkeypatch):
         assert str(e.value).startswith(f"--model {line}") and "\n" not in str(e.value)
     files = [getattr(m, "__file__", None) for m in sys.modules.values()]
     assert str(Path("m.py").resolve()) in files and str(Path("raises.py").resolve()) not in files
+
+
+# ---- what a function makes -----------------------------------------------------------------------
+
+
+def names(source: str, **known) -> dict:
+    exec(source, known := {"torch": torch, "nn": nn, "F": F, **known, "__name__": "__main__"})
+    return known
+
+
+def code_of(make) -> str:
+    return inputs.find_function("", make)[2]
+
+
+NET = """
+class Net(nn.Module):
+    def forward(self, x):
+        return F.{}(x) * SCALE
+def make(channels, classes):
+    return Net()
+"""
+
+
+def test_a_fingerprint_of_what_a_function_refers_to():
+    """Of classes, globals, closures, defaults, partials, bound methods, in any process alike."""
+    relu, tanh = (names(NET.format(f), SCALE=1)["make"] for f in ("relu", "tanh"))
+    assert code_of(relu) == code_of(names(NET.format("relu"), SCALE=1, unused=3)["make"])
+    scaled = names(NET.format("relu"), SCALE=2)["make"]
+    closed = [
+        names(f"def by(f): return lambda *_: f\nmake = by(F.{f})")["make"] for f in ("relu", "silu")
+    ]
+    default = [names(f"make = lambda c, k, n={n}: n")["make"] for n in (1, 2)]
+    partial = [functools.partial(relu, width=n) for n in (1, 2)]
+    bound = "class A:\n def make(self, *_): return self.n\na = A(); a.n = {}; make = a.make"
+    bound = [names(bound.format(n))["make"] for n in (1, 2)]
+    attribute = "class A:\n act = F.{}\nmake = functools.cache(lambda *_: A())"
+    attribute = [names(attribute.format(f), functools=functools)["make"] for f in ("relu", "silu")]
+    module = nn.Linear(2, 2), nn.Linear(2, 2)
+    held = [names("make = lambda *_: net", net=m)["make"] for m in module]
+    every = [relu, tanh, scaled, *closed, *default, *partial, *bound, *attribute, *held]
+    assert len({code_of(f) for f in every}) == len(every)
+    assert code_of(torch.relu) and code_of(nn.ReLU)
+
+
+def test_a_module_is_no_function():
+    with pytest.raises(UserError, match=r"^model: a Linear is a module.*: give a function of chan"):
+        inputs.find_function("", nn.Linear(2, 2))
+
+
+def test_what_a_model_file_imports_from_beside_it(tmp_path):
+    (tmp_path / "parts").mkdir()
+    for name, text in {
+        "model.py": "import torch, helper, common\nfrom parts import layer\n",
+        "helper.py": "from other import x\n",
+        "other.py": "import missing",
+        "parts/__init__.py": "",
+        "parts/layer.py": "from . import deep\n",
+        "parts/deep.py": "",
+        "common.py": "",
+        "unused.py": "",
+    }.items():
+        (tmp_path / name).write_text(text)
+    found = {str(p.relative_to(tmp_path)) for p in runs.imported(tmp_path / "model.py")}
+    parts = {"parts/__init__.py", "parts/layer.py", "parts/deep.py"}
+    assert found == {"helper.py", "other.py"} | parts
+    (tmp_path / "helper.py").write_text("def make(*_): return 1")
+    (tmp_path / "model.py").write_text("from helper import make")
+    first = inputs.find_function(f"{tmp_path}/model.py:make", None)[2]
+    (tmp_path / "helper.py").write_text("def make(*_): return 2")
+    assert inputs.find_function(f"{tmp_path}/model.py:make", None)[2] != first

@@ -10,6 +10,7 @@ import plain
 import pytest
 import torch
 from conftest import digits, parse, study_of
+from torch import nn
 
 import common
 import engine
@@ -257,3 +258,23 @@ def test_between_saved_levels(tmp_path):
     assert [child["file"] for child in result["children"]] == [*map(str, levels)]
     ends = [losses(m)[0].mean() for m in modules]
     assert [child["train_loss"] for child in result["children"]] == pytest.approx(ends, rel=1e-5)
+
+
+class Shuffled(nn.Module):
+    def __init__(self, *_):
+        super().__init__()
+        self.register_buffer("order", torch.randperm(64))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)[:, self.order])
+
+
+def test_the_midpoint_has_the_integer_buffers_of_the_ends():
+    study = study_of("lmc", "--rewind", 0, model=Shuffled)
+    state = study.initial_state_dict(3)
+    assert abs(lmc.measure(study, [state, state])["loss_at"]).max() < 1e-6
+    with pytest.raises(
+        runs.UserError, match=r"^order \(torch.int64\) differs between the networks"
+    ):
+        lmc.measure(study, [state, study.initial_state_dict(4)])

@@ -1,5 +1,6 @@
 """Settings: flags, presets, names of folders, and what a run was made from."""
 
+import importlib
 import itertools
 import json
 import runpy
@@ -181,3 +182,45 @@ def test_this_release_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "RELEASES", tmp_path / "releases.json")
     options.record_release()
     assert json.loads(options.RELEASES.read_text()) == {options.VERSION: recorded}
+
+
+def test_a_hash_leaves_out_comments_of_the_files_language(tmp_path):
+    def code(name, text):
+        (tmp_path / name).write_text(text)
+        return options.code_hash(tmp_path / name)
+
+    assert code("a.py", "x = (7\n     // 2)\n") != code("a.py", "x = (7\n     // 3)\n")
+    assert code("a.h", "#define EPS 1\n") != code("a.h", "#define EPS 2\n")
+    assert code("a.py", "x = 1\n# a\n\n") == code("a.py", "x = 1\n# b\n")
+    assert code("a.h", "int x;\n// a\n") == code("a.h", "int x;\n// b\n\n")
+
+
+def test_what_a_stage_imports_from_beside_it_is_its_code(tmp_path):
+    stage = tmp_path / "imp.py"
+    stage.write_text("import common\nimport rule\n")
+    hashes = []
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "rule.py").write_text(text)
+        options.code_identity.cache_clear()
+        hashes.append(options.code_identity(stage))
+    assert hashes[0].pop("stage") != hashes[1].pop("stage") and hashes[0] == hashes[1]
+    options.code_identity.cache_clear()
+
+
+def test_a_stage_that_is_reloaded_has_the_code_of_its_file(tmp_path, monkeypatch):
+    stage, text = tmp_path / "mine.py", (ROOT / "imp.py").read_text()
+    monkeypatch.syspath_prepend(tmp_path)
+    stage.write_text(text)
+    module = importlib.import_module("mine")
+    before = options.code_identity(stage)["stage"]
+    stage.write_text(text + "\nedited = True\n")
+    assert options.code_identity(stage)["stage"] == before  # what runs is what was loaded
+    importlib.reload(module)
+    assert options.code_identity(stage)["stage"] != before
+
+
+@pytest.mark.parametrize("name", ["indices", "scores", "init", "mask"])
+def test_values_in_place_of_a_file_are_refused(name):
+    problem = rf"^{name}: expected the path of a file, not a list: save it \(np.save, torch.save\)"
+    with pytest.raises(UserError, match=problem):
+        imp.search(**{name: [0, 1]})

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, contents, same, study_of
 
-import common
 import engine
+import inputs
 import runs
 
 PLACE = ROOT / "tests/runs/format2"
@@ -75,7 +75,7 @@ def test_its_finished_level_measures_as_recorded(old, stage):
 def test_its_last_network_measures_as_recorded():
     """With today's reader and engine, and as an ordinary module in float64."""
     study, wanted = study_of("imp", *TRAINING, "--subset", "all"), expected()[2]
-    network, networks = common.read_network(study, PLACE / "level02.pt", "it"), study.networks(1)
+    network, networks = inputs.network_of(study, PLACE / "level02.pt", "it"), study.networks(1)
     networks.load(0, network.state, network.masks)
     assert engine.accuracy_and_loss(networks, study.data)[0] == [wanted["test_accuracy"]]
     assert networks.mask[0].double().mean().item() == wanted["weights_remaining"]

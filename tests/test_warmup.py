@@ -318,3 +318,20 @@ def test_the_table_and_the_log(undisturbed, place):
     result = json.loads((path.parent / "result.json").read_text())
     column = rows[0].index("eigenvalue")
     assert [float(r[column]) for r in rows[1:4]] == [x["eigenvalue"] for x in result["sharpness"]]
+
+
+class Attends(nn.Module):
+    def __init__(self, *_):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = x[:, 0]
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_the_hessian_of_attention(tmp_path):
+    """Whose fused operation cannot be differentiated twice."""
+    line = "--subset random --warmup 0 --steps 8 --milestones 6 --sharpness-every 8"
+    [result] = run(tmp_path, line, NETWORK[2:], model=Attends)
+    assert all(math.isfinite(x["eigenvalue"]) for x in result["sharpness"])
