@@ -14,7 +14,6 @@ correlate by .8): "matches" does not mean "equals".
 import fnmatch
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -442,39 +441,19 @@ def cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def as_csv(cells: pd.DataFrame) -> str:
-    return cells.to_csv(index=False)
-
-
-def as_markdown(cells: pd.DataFrame) -> str:
-    lines = [[*cells], ["---"] * len(cells.columns), *cells.to_numpy()]
-    return "".join(f"| {' | '.join(x)} |\n" for x in lines)
-
-
-def as_latex(cells: pd.DataFrame) -> str:
-    """A tabular with the rules of booktabs."""
-
-    def line(row: Iterable[str]) -> str:
-        escaped = (re.sub(r"([%&_#$])", r"\\\1", x).replace("±", r"$\pm$") for x in row)
-        return " & ".join(escaped) + r" \\"
-
-    head = [rf"\begin{{tabular}}{{l{'c' * (len(cells.columns) - 1)}}}", r"\toprule", line(cells)]
-    body = [r"\midrule", *map(line, cells.to_numpy()), r"\bottomrule", r"\end{tabular}", ""]
-    return "\n".join([*head, *body])
-
-
-FORMS = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
-
-
 def write_text(path: Path, text: str) -> None:
     runs.write(path, lambda f: f.write(text.encode()))
 
 
 def write_table(path: Path, rows: list[dict]) -> Path:
-    """As CSV, Markdown and LaTeX; the path of the Markdown, as which a person reads it."""
+    """As CSV, Markdown, LaTeX (booktabs); the path of the Markdown, as which a person reads it."""
     cells = pd.DataFrame(rows, dtype=object).map(cell)
-    for suffix, form in FORMS.items():
-        write_text(path.parent / f"{path.name}.{suffix}", form(cells))
+    lines = [[*cells], ["---"] * len(cells.columns), *cells.to_numpy()]
+    markdown = "".join(f"| {' | '.join(x)} |\n" for x in lines)
+    columns = "l" + "c" * (len(cells.columns) - 1)
+    latex = cells.to_latex(index=False, escape=True, column_format=columns).replace("±", r"$\pm$")
+    for suffix, text in {"csv": cells.to_csv(index=False), "md": markdown, "tex": latex}.items():
+        write_text(path.parent / f"{path.name}.{suffix}", text)
     return path.parent / f"{path.name}.md"
 
 
