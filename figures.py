@@ -171,13 +171,14 @@ def draw_curve(
     label: str,
     running: bool = False,
     band: bool = True,
-    scale: Callable = percent,
+    scale: float = 100,
+    log: bool = False,
 ) -> None:
-    """Mean and band of one curve; `scale` takes what the points are of to what the axis shows."""
+    """Mean and band of one curve; `log` for a logarithmic axis: the points are of logarithms."""
     if not len(points):
         return
-    mean, sd = points["mean"].to_numpy(), points["sd"].to_numpy()
-    x, mean, low, high = points.index, scale(mean), scale(mean - sd), scale(mean + sd)
+    x, mean, sd = points.index, scale * points["mean"], scale * points["sd"]
+    mean, low, high = (np.exp(y) if log else y for y in (mean, mean - sd, mean + sd))
     marks = {"ms": 3.5, "markevery": max(1, len(x) // 20)}
     [line] = ax.plot(x, mean, label=label, zorder=3, **marks, **style)
     p.note(label, line, points["n"], running)
@@ -423,7 +424,7 @@ def fig6(p: Picture) -> None:
         for c in pick(shown, step=typical) + without:
             style = styles[c.kind, c.size] if c.step else look(c) | {"color": "0.6"}
             label = c.what if c.step else "no warmup"
-            draw_curve(p, ax, tables.sharpness(c.rows), style, label, c.running, scale=np.exp)
+            draw_curve(p, ax, tables.sharpness(c.rows), style, label, c.running, scale=1, log=True)
 
 
 def draw_outcomes(p: Picture, curves: list[Curve]) -> None:
@@ -477,7 +478,7 @@ def fig7(p: Picture) -> None:
     panels += [("coherence", "gradients of batches against their mean", curves)]
     for kind, title, shown in panels:
         found = {c: points for c in shown if len(points := tracked(c.rows, kind))}
-        ylabel, scale = ("cosine", np.array) if kind == "coherence" else ("accuracy (%)", percent)
+        ylabel, scale = ("cosine", 1) if kind == "coherence" else ("accuracy (%)", 100)
         ax = p.panel("step", ylabel, title) if found else None
         for c, points in found.items():
             points["n"] = c.rows["replicate"].nunique()
