@@ -27,13 +27,13 @@ and is marked *. docs/figures.md has the map to the paper; tables.py defines the
 """
 
 import argparse
-import functools
 import io
 import itertools
 import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ import options
 import records
 import runs
 import tables
-from records import PUBLISHED, SOURCE, SUBSETS, Curve, Page, all_data, frame, pick, usual
+from records import PUBLISHED, SOURCE, SUBSETS, Curve, Page, all_data, frame, grouped, pick, usual
 
 LOOK = {  # colour, line, marker; dark to light, so that they differ in grey too
     "all": ("#000000", "--", "s"),
@@ -78,6 +78,7 @@ STYLE |= {"legend.fontsize": 7, "legend.frameon": False, "legend.handlelength": 
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2}
 STYLE |= {"svg.hashsalt": "tickets", "svg.fonttype": "none", "pdf.fonttype": 42}
 DOTTED = {"color": "0.5", "lw": 0.8, "ls": (0, (1, 2)), "zorder": 0}  # to compare with
+SLANTED = {"rotation": 40, "fontsize": 6}
 
 # ---- drawing -------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class Picture(Figure):
     def __init__(self, page: Page | None = None, **more: Any):
         super().__init__(layout="constrained", **more)
         FigureCanvasAgg(self)
-        self.page = page
+        self.page, self.caption = page, ""
         self.paper, self.curves = (page.paper, page.curves) if page else ("", [])
         self.panels: list[Axes] = []
         self.entries: dict[str, list] = {}  # label -> [handle, numbers of replicates, running]
@@ -108,12 +109,12 @@ class Picture(Figure):
         entry[1] |= {int(k) for k in n}
         entry[2] |= running
 
-    def labels(self) -> dict[str, str]:
-        """The text of each entry, the paper's last."""
+    def legend_entries(self) -> dict[str, Any]:
+        """The handle of each text, the paper's last."""
         texts = {}
         for label in sorted(self.entries, key=lambda k: k.startswith(SOURCE)):
-            _, n, running = self.entries[label]
-            texts[label] = label + f" (n={records.span(n)})" * bool(n) + "*" * running
+            handle, n, running = self.entries[label]
+            texts[label + f" (n={records.span(n)})" * bool(n) + "*" * running] = handle
         return texts
 
 
@@ -129,33 +130,37 @@ def arrange(picture: Picture, most: int) -> None:
         wide = parts // (last if row == rows - 1 else columns)
         ax.set_subplotspec(grid[row, column * wide : (column + 1) * wide])
     width, height = max(3.4 * columns, 4.2), 2.7 * rows
-    if labels := picture.labels():
-        across = int(width / (0.75 + 0.062 * max(map(len, labels.values()))))
-        across = min(len(labels), max(1, across))
-        entries = [picture.entries[k][0] for k in labels], [*labels.values()]
-        picture.legend(*entries, loc="outside lower center", ncols=across)
-        height += 0.2 + 0.15 * -(-len(labels) // across)
+    if entries := picture.legend_entries():
+        across = int(width / (0.75 + 0.062 * max(map(len, entries))))
+        across = min(len(entries), max(1, across))
+        picture.legend(entries.values(), entries, loc="outside lower center", ncols=across)
+        height += 0.2 + 0.15 * -(-len(entries) // across)
     picture.set_size_inches(width, height)
     picture.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
 
 
+def style_of(c: Curve) -> str:
+    """The key of LOOK."""
+    by = c.metric.split()[0] if c.metric else "el2n"
+    by = by if by != "el2n" else "balanced" if c.balance else c.subset
+    return c.control or ("own" if c.extra or by not in LOOK else by)
+
+
 def look(c: Curve, among: Iterable[Curve] = ()) -> dict[str, Any]:
     """Colour, line and marker; of curves of one kind the earlier are lighter."""
-
-    def kind_of(c: Curve) -> str:
-        by = c.metric.split()[0] if c.metric else "el2n"
-        by = by if by != "el2n" else "balanced" if c.balance else c.subset
-        return c.control or ("own" if c.extra or by not in LOOK else by)
-
-    color, line, marker = LOOK.get(kind_of(c), LOOK["own"])
-    alike = [x for x in among if kind_of(x) == kind_of(c)]
-    if len(alike) > 1 and any(c is x for x in alike):
-        k = next(k for k, x in enumerate(alike) if x is c)
+    color, line, marker = LOOK.get(style_of(c), LOOK["own"])
+    alike = [x for x in among if style_of(x) == style_of(c)]
+    if len(alike) > 1 and c in alike:
+        k = alike.index(c)
         light = 0.65 * (1 - k / (len(alike) - 1))
         color = tuple(x + (1 - x) * light for x in matplotlib.colors.to_rgb(color))
         if c.subset == "all":
             line, marker = ("--", ":", "-.", "-")[k % 4], ("s", "D", "h", "*")[k % 4]
     return {"color": color, "linestyle": line, "marker": marker}
+
+
+def percent(fraction: Any) -> Any:
+    return 100 * fraction
 
 
 def draw_curve(
@@ -164,17 +169,16 @@ def draw_curve(
     points: pd.DataFrame,
     style: dict,
     label: str,
-    band: bool = True,
     running: bool = False,
+    band: bool = True,
+    scale: float = 100,
     log: bool = False,
 ) -> None:
     """Mean and band of one curve; `log` for a logarithmic axis: the points are of logarithms."""
     if not len(points):
         return
-    x, mean = points.index.to_numpy(), points["mean"].to_numpy()
-    low, high = mean - points["sd"].to_numpy(), mean + points["sd"].to_numpy()
-    if log:
-        mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
+    x, mean, sd = points.index, scale * points["mean"], scale * points["sd"]
+    mean, low, high = (np.exp(y) if log else y for y in (mean, mean - sd, mean + sd))
     marks = {"ms": 3.5, "markevery": max(1, len(x) // 20)}
     [line] = ax.plot(x, mean, label=label, zorder=3, **marks, **style)
     p.note(label, line, points["n"], running)
@@ -187,53 +191,47 @@ def draw_curve(
 def draw_behind(p: Picture, ax: Axes, points: pd.DataFrame, style: dict, differs: str = "") -> None:
     """The paper's curve, thin; `differs` says in what it is of another experiment."""
     thin = {**style, "marker": None, "lw": 0.8, "alpha": 0.8, "zorder": 1}
-    [line] = ax.plot(points.index, points["mean"], label=SOURCE, **thin)
+    [line] = ax.plot(points.index, percent(points["mean"]), label=SOURCE, **thin)
     p.note(f"{SOURCE}, {differs}" if differs else SOURCE, line)
-
-
-def percent(points: pd.DataFrame) -> pd.DataFrame:
-    return points.assign(mean=100 * points["mean"], sd=100 * points["sd"])
-
-
-def ticks(ax: Axes, values: Iterable[int]) -> None:
-    """A log2 axis with these numbers on it."""
-    values = sorted(values)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(values, map(str, values), rotation=40, fontsize=6)
-    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def draw_dense(p: Picture, ax: Axes, among: list[Curve]) -> None:
     """The accuracy of the dense network that curves are held against, those of the first."""
     dense = tables.references(among[0], p.curves, p.paper)[0] if among else None
     if dense is not None:
-        p.note("dense", ax.axhline(100 * dense["mean"], label="dense", **DOTTED))
+        p.note("dense", ax.axhline(percent(dense["mean"]), label="dense", **DOTTED))
+
+
+def ticks(ax: Axes, base: int, labels: dict[float, str], **style: Any) -> None:
+    """A logarithmic axis with these texts on it."""
+    ax.set_xscale("log", base=base)
+    ax.set_xticks([*labels], [*labels.values()], **style)
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def draw_levels(
     p: Picture, shown: list[Curve], plain: list[Curve], title: str, label: str = "short"
 ) -> None:
-    """A panel of accuracy against weights remaining, as in Figure 2; `plain` curves are there to
-    compare with, and have no band."""
+    """A panel of accuracy against weights remaining, as in Figure 2, if there is anything to show;
+    `plain` curves are there to compare with, and have no band."""
+    if not shown:
+        return
     ax, remaining = p.panel("weights remaining (%)", "test accuracy (%)", title), {}
     everything = [] if any(c.rate for c in shown) else all_data(p.curves)
     for c in [*plain, *shown]:
         style = look(c, everything if c in everything else [*plain, *shown])
-        ours = percent(c.points).set_index("weights_remaining")
-        draw_curve(p, ax, ours, style, getattr(c, label), c in shown, c.running)
-        remaining |= dict(c.points["weights_remaining"].items())
+        ours = c.points.set_index("weights_remaining")
+        draw_curve(p, ax, ours, style, getattr(c, label), c.running, band=c in shown)
+        remaining |= c.points["weights_remaining"].to_dict()
         theirs = records.published(c, p.paper) if c in shown else None
-        said = records.differs(c, theirs) if theirs else ""
-        alike = [x for x in shown if x is not c and records.published(x, p.paper) is theirs]
-        if theirs and not (said and alike):  # else it stands behind the one that is alike
-            behind = percent(theirs.points).set_index("weights_remaining")
-            draw_behind(p, ax, behind, style, said)
-            remaining |= dict(theirs.points["weights_remaining"].items())
-    draw_dense(p, ax, (shown + plain)[:1])
+        differs = records.differs(c, theirs)
+        others = [records.published(x, p.paper) for x in shown if x is not c]
+        if theirs and not (differs and theirs in others):  # it stands behind the one that is alike
+            draw_behind(p, ax, theirs.points.set_index("weights_remaining"), style, differs)
+            remaining |= theirs.points["weights_remaining"].to_dict()
+    draw_dense(p, ax, shown)
     chosen = [remaining[k] for k in sorted(remaining)[:: max(1, -(-len(remaining) // 8))]]
-    ax.set_xscale("log")
-    ax.set_xticks(chosen, [f"{100 * v:.3g}" for v in chosen])
-    ax.xaxis.set_minor_locator(NullLocator())
+    ticks(ax, 10, {v: f"{percent(v):.3g}" for v in chosen})
     ax.invert_xaxis()
 
 
@@ -243,121 +241,115 @@ def draw_levels(
 def by_size(p: Picture, noisy: bool = False, every_size: bool = False) -> None:
     """Figures 2, 4, 11, 13: all data, a panel for each size, step and noise, in Figure 2 also the
     controls and runs from starts of one's own."""
-    curves = [c for c in p.curves if len(c.points)]
-    mine, full = usual(curves, noisy, balanced=True), all_data(curves)
-    settings = sorted({(c.noise, c.step, c.size) for c in mine if c.subset != "all"})
-    if not every_size:
-        size, t = records.main_setting(mine)
-        settings = [x for x in settings if x[1:] == (t, size)]
-    if full and not noisy and not every_size:
+    mine, full = usual(p.curves, noisy, balanced=True), all_data(p.curves)
+    fig2 = not noisy and not every_size
+    if fig2:
         draw_levels(p, full, [], "all data")
-    for noise, t, size in settings:
-        shown = [c for c in mine if (c.noise, c.step, c.size) == (noise, t, size)]
-        steps = {0, t, 2 * t} if not every_size else {2 * t}
-        plain = [c for c in full if c.step in ({0} if noise else steps)]
-        plain += pick(mine, subset="all", noise=noise) if noise else []
-        title = f"{size} examples, {t} steps" + f", {noise:.0%} label noise" * bool(noise)
-        draw_levels(p, shown, plain, title)
-    if noisy or every_size:
-        return
-    shown = [c for c in curves if c.control and not c.noise]
-    tickets = [c for c in curves if any((c.what, c.step) == (x.what, x.step) for x in shown)]
-    tickets = [c for c in tickets if not (c.control or c.noise or c.extra or c.rate)]
-    own = [c for c in curves if c.extra and not c.noise]
-    if shown:
-        draw_levels(p, tickets + shown, [], "controls", "label")
-    if own:
+    main = records.main_setting(mine)
+    subsets = grouped([c for c in mine if c.subset != "all"], "noise", "step", "size")
+    for (noise, t, size), shown in sorted(subsets.items()):
+        if every_size or (size, t) == main:
+            plain = pick(full, step=0 if noise else 2 * t if every_size else {0, t, 2 * t})
+            plain += pick(mine, subset="all", noise=noise) if noise else []
+            title = f"{size} examples, {t} steps" + f", {noise:.0%} label noise" * bool(noise)
+            draw_levels(p, shown, plain, title)
+    if fig2:
+        controls = [c for c in p.curves if c.control and not c.noise]
+        pruned = {(c.what, c.step) for c in controls}
+        tickets = pick(p.curves, control="", noise=0.0, extra="", rate=0.0)
+        tickets = [c for c in tickets if (c.what, c.step) in pruned]
+        draw_levels(p, tickets + controls, [], "controls", "label")
+        own = [c for c in p.curves if c.extra and not c.noise]
         draw_levels(p, own, full, "starts and variants of one's own", "label")
 
 
 def fig3(p: Picture) -> None:
     """Accuracy against subset size at three levels, a row for each rewind step."""
-    ours = [c for c in usual(p.curves, balanced=True) if len(c.points)]
+
+    def by_size_at(level: int, curves: list[Curve]) -> pd.DataFrame:
+        found = sorted((c for c in curves if level in c.points.index), key=lambda c: c.size)
+        return pd.DataFrame([c.points.loc[level] for c in found], index=[c.size for c in found])
+
+    ours = usual(p.curves, balanced=True)
     behind = usual(records.paper_curves(p.paper), balanced=True)
-    ranked = [c for c in ours if c.size]
-    steps = sorted({c.step for c in ranked})
-    steps = [t for t in steps if len({c.size for c in pick(ranked, step=t)}) > 1]
-    for t, k in itertools.product(steps, records.three_levels(pick(ranked, step={*steps}))):
-        here = [c for c in pick(ranked, step=t) if k in c.points.index]
+    steps = {t: alike for (t,), alike in grouped([c for c in ours if c.size], "step").items()}
+    steps = {t: steps[t] for t in sorted(steps) if len({c.size for c in steps[t]}) > 1}
+    for t, k in itertools.product(steps, records.three_levels([*itertools.chain(*steps.values())])):
+        here = [c for c in steps[t] if k in c.points.index]
         left = next((c.points.loc[k, "weights_remaining"] for c in here), math.nan)
         title = f"level {k}, {left:.1%} of weights remaining"
         ax = p.panel(f"examples trained on for {t} steps", "test accuracy (%)", title)
-        kinds, sizes = {c.kind: c for c in here}, {c.size for c in here}
-        for kind, example in kinds.items():
-            alike = sorted((c for c in here if c.kind == kind), key=lambda c: c.size)
-            points = pd.DataFrame([c.points.loc[k] for c in alike], index=[c.size for c in alike])
-            going = any(c.running for c in alike)
-            draw_curve(p, ax, percent(points), look(example), example.short, True, going)
-            same = [c for c in pick(behind, subset=example.subset, step=t) if k in c.points.index]
-            said = records.differs(example, same[0]) if same else ""
-            if same and not (said and any(x.subset == "easy" and x.balance for x in here)):
-                same.sort(key=lambda c: c.size)
-                theirs = pd.DataFrame([c.points.loc[k] for c in same], index=[c.size for c in same])
-                draw_behind(p, ax, percent(theirs), look(example), said)
+        sizes = {c.size for c in here}
+        for alike in grouped(here, "kind").values():
+            style, running = look(alike[0]), any(c.running for c in alike)
+            draw_curve(p, ax, by_size_at(k, alike), style, alike[-1].short, running)
+            same = pick(behind, subset=alike[0].subset, step=t)
+            differs, theirs = records.differs(alike[0], next(iter(same), None)), by_size_at(k, same)
+            if len(theirs) and not (
+                differs and any(x.subset == "easy" and x.balance for x in here)
+            ):
+                draw_behind(p, ax, theirs, style, differs)
                 sizes |= {*theirs.index}
         full = [c for c in all_data(ours) if k in c.points.index]
         for c in full:
             style = {**look(c, full), "marker": None}
-            line = ax.axhline(100 * c.points.loc[k, "mean"], lw=0.9, **style)
+            line = ax.axhline(percent(c.points.loc[k, "mean"]), lw=0.9, **style)
             p.note(c.short, line, [c.points.loc[k, "n"]], c.running)
-        draw_dense(p, ax, here[:1])
-        ticks(ax, sizes)
+        draw_dense(p, ax, here)
+        ticks(ax, 2, {m: str(m) for m in sorted(sizes)}, **SLANTED)
 
 
 def prelr(p: Picture) -> None:
     """Rates of pre-training, for each step at which there are several: the paper took the best."""
     full = [c for c in pick(p.curves, subset="all", noise=0.0, control="", extra="") if c.step]
-    for t in sorted({c.step for c in full}):
-        if len(shown := sorted(pick(full, step=t), key=lambda c: c.rate)) > 1:
-            plain = pick(all_data(p.curves), step=0)
-            rate = next((c.rows["pretrain_lr"].iloc[0] for c in shown if not c.rate), math.nan)
+    for (t,), alike in sorted(grouped(full, "step").items()):
+        if len(alike) > 1:
+            rate = next((c.rows["pretrain_lr"].iloc[0] for c in alike if not c.rate), math.nan)
             title = f"all data, {t} steps" + f", at rate {rate:g} or as named" * bool(rate > 0)
-            draw_levels(p, shown, plain, title)
+            alike.sort(key=lambda c: c.rate)
+            draw_levels(p, alike, pick(all_data(p.curves), step=0), title)
 
 
-def draw_histogram(p: Picture, curves: list[Curve], what: str, t: int, edges: np.ndarray) -> None:
+def draw_histogram(p: Picture, title: str, pairs: dict[Curve, list], edges: np.ndarray) -> None:
     """A histogram of Figure 5: pairs, examples and replicates pooled."""
-    arrays = {c: records.load_all(c.rows, "loss_barrier_pairs.npy") for c in curves}
-    theirs = records.paper_table("lmc_histograms.csv").query("dataset == @p.paper")
-    theirs = theirs[theirs["pretraining"] == f"{what}, {t} it"] if len(theirs) else theirs
-    if not any(arrays.values()) and not len(theirs):
+    named = title.replace("steps", "it")
+    theirs = records.paper_table("lmc_histograms.csv", dataset=p.paper, pretraining=named)
+    pairs = {c: found for c, found in pairs.items() if found}
+    if not pairs and not len(theirs):
         return
-    ax = p.panel("loss barrier of an example", "share (%)", f"{what}, {t} steps")
-    for c, found in arrays.items():
-        if found:
-            values = np.concatenate([x.ravel() for x in found])
-            share = 100 * np.histogram(values, edges)[0] / len(values)
-            outside = f"{np.mean((values < edges[0]) | (values > edges[-1])):.1%} outside"
-            bars = ax.stairs(share, edges, fill=True, color=look(c)["color"], alpha=0.55)
-            said = {"xycoords": "axes fraction", "ha": "right", "fontsize": 7}
-            ax.annotate(f"n={len(found)}, {outside}", (0.97, 0.93), **said)
-            p.note(f"{c.subset}, all pairs and examples", bars)
+    ax = p.panel("loss barrier of an example", "share (%)", title)
+    for c, found in pairs.items():
+        values = np.concatenate([x.ravel() for x in found])
+        share = percent(np.histogram(values, edges)[0]) / len(values)
+        outside = f"{np.mean((values < edges[0]) | (values > edges[-1])):.1%} outside"
+        bars = ax.stairs(share, edges, fill=True, color=look(c)["color"], alpha=0.55)
+        said = {"xycoords": "axes fraction", "ha": "right", "fontsize": 7}
+        ax.annotate(f"n={len(found)}, {outside}", (0.97, 0.93), **said)
+        p.note(f"{c.subset}, all pairs and examples", bars)
     if len(theirs):
         bins, count = [*theirs["bin_lo"], theirs["bin_hi"].iloc[-1]], theirs["count_of_1080000"]
         p.note(SOURCE, ax.stairs(100 * count / count.sum(), bins, color="k", lw=0.7))
 
 
-def draw_forecast(p: Picture, rows: pd.DataFrame, key: str, column: str, xlabel: str) -> None:
+def draw_forecast(p: Picture, rows: pd.DataFrame, key: str, xlabel: str) -> None:
     """Figure 5 right: final accuracy against a forecast of it, a point for each replicate."""
     every, later = (tables.correlate(x, key) for x in (rows, rows[rows["rewind"] > 0]))
     said = [f"r = {x['pearson']:.2f}" for x in (every, later) if x["pearson"] is not None]
     if len(said) > 1:
         said = said[:1] if later["n"] == every["n"] else [said[0], f"{said[1]} without step 0"]
     level = int(rows["level"].iloc[0]) if len(rows) else tables.FINAL_LEVEL.get(p.paper, 7)
-    ylabel = f"test accuracy at level {level} (%)"
-    ax, scale = p.panel(xlabel, ylabel, "; ".join(said)), 100 if "accuracy" in key else 1
-    theirs = records.paper_table("lmc_scatter.csv").query("dataset == @p.paper")
-    for method, group in theirs.groupby("subset_method") if len(theirs) else ():
-        y = pd.to_numeric(group["final_test_accuracy_level7"], errors="coerce")
+    ax = p.panel(xlabel, f"test accuracy at level {level} (%)", "; ".join(said))
+    scale = 100 if "accuracy" in key else 1
+    for method, group in records.paper_scatter(p.paper).groupby("subset"):
         color, _, marker = LOOK[method]
-        style = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker}
-        dots = ax.scatter(scale * group[column], 100 * y, lw=0.5, alpha=0.6, zorder=1, **style)
-        p.note(SOURCE, dots)
+        style = {"s": 9, "facecolors": "none", "edgecolors": color, "marker": marker, "zorder": 1}
+        x, y = scale * group[key], percent(group["final_accuracy"])
+        p.note(SOURCE, ax.scatter(x, y, lw=0.5, alpha=0.6, **style))
     for c in p.curves:
         mine = rows[rows["configuration"] == c.label]
         if len(mine):
             style = {k: v for k, v in look(c, p.curves).items() if k != "linestyle"}
-            dots = ax.scatter(scale * mine[key], 100 * mine["final_accuracy"], s=22, **style)
+            dots = ax.scatter(scale * mine[key], percent(mine["final_accuracy"]), s=22, **style)
             p.note(c.label, dots, [len(mine)])
 
 
@@ -372,19 +364,21 @@ def fig5(p: Picture) -> None:
         random, t = records.main_setting(mine)
         easy = random
     four = [("all", 0, t), ("all", 0, 2 * t), ("random", random, t), ("easy", easy, t)]
-    found = [pick(mine, subset=s, size=n, step=step) for s, n, step in four]
-    name = "loss_barrier_pairs.npy"
-    pooled = [np.ravel(x) for cs in found for c in cs for x in records.load_all(c.rows, name)]
+    panels = []
+    for s, n, step in four:
+        found = pick(mine, subset=s, size=n, step=step)
+        pairs = {c: records.load_all(c.rows, "loss_barrier_pairs.npy") for c in found}
+        panels.append((f"{s} {n}, {step} steps" if n else f"all data, {step} steps", pairs))
     edges = np.arange(-5, 10.5, 0.5)  # the paper's
-    if pooled and p.paper not in {*records.paper_table("lmc_histograms.csv")["dataset"]}:
+    pooled = [x.ravel() for _, pairs in panels for found in pairs.values() for x in found]
+    if pooled and not len(records.paper_table("lmc_histograms.csv", dataset=p.paper)):
         low, high = np.quantile(np.concatenate(pooled), (0.005, 0.995))
         edges = np.linspace(low, high, 31) if low < high else edges
-    for k, (s, n, step) in enumerate(four):
+    for k, (title, pairs) in enumerate(panels):
         if k == 2:
-            at_start = "test accuracy at w_tr (%)"
-            draw_forecast(p, rows, "pretrain_accuracy", "pretrain_test_accuracy", at_start)
-        draw_histogram(p, found[k], f"{s} {n}" if n else "all data", step, edges)
-    draw_forecast(p, rows, "loss_barrier", "mean_train_loss_barrier", "mean loss barrier")
+            draw_forecast(p, rows, "pretrain_accuracy", "test accuracy at w_tr (%)")
+        draw_histogram(p, title, pairs, edges)
+    draw_forecast(p, rows, "loss_barrier", "mean loss barrier")
 
 
 def fig6(p: Picture) -> None:
@@ -392,53 +386,50 @@ def fig6(p: Picture) -> None:
     typical length (geometric means and deviations)."""
     curves = [c for c in p.curves if not c.noise]
     warmed = sorted((c for c in curves if c.step), key=lambda c: (c.size, c.offset, c.step))
+    without, everything = pick(curves, step=0), pick(warmed, subset="all")
     lengths = sorted({c.step for c in warmed})
     typical = 1600 if 1600 in lengths else lengths[-1] if lengths else 0
-    columns = {k: [c for c in warmed if c.subset == k and not c.offset] for k in SUBSETS[1:]}
+    columns = {k: pick(warmed, subset=k, offset=0) for k in SUBSETS[1:]}
     sizes = {c.size for c in warmed if c.offset}
-    easy = pick(warmed, subset="easy", balance=False)
-    columns["windows"] = [c for c in easy if c.size in sizes]
-    columns = {k: v for k, v in columns.items() if v} or {"all": []}
-    everything, first = pick(warmed, subset="all"), None
-    family = {(c.kind, c.size): c for c in warmed}  # that share a style
-    styles = {k: look(c, family.values()) for k, c in family.items()}
+    columns["windows"] = pick(warmed, subset="easy", balance=False, size=sizes)
+    columns = {k: v + everything for k, v in columns.items() if v} or {"all": everything}
+    first = {k: alike[0] for k, alike in grouped(warmed, "kind", "size").items()}
+    styles = {k: look(c, first.values()) for k, c in first.items()}
     if len(lengths) < 2:
-        draw_outcomes(p, pick(curves, step=0) + everything + pick(warmed, subset=SUBSETS[1:]))
-    for kind, shown in columns.items() if len(lengths) > 1 else ():
-        ax = p.panel("steps of warmup", "test accuracy (%)", kind, sharey=first)
-        first, here = first or ax, set(lengths)
-        for key in dict.fromkeys((c.kind, c.size) for c in shown + everything):
-            alike = [c for c in shown + everything if (c.kind, c.size) == key]
+        draw_outcomes(p, without + everything + pick(warmed, subset=SUBSETS[1:]))
+        lengths = []
+    ax = None
+    for kind, shown in columns.items() if lengths else ():
+        ax, here = p.panel("steps of warmup", "test accuracy (%)", kind, sharey=ax), set(lengths)
+        for key, alike in grouped(shown, "kind", "size").items():
             rows = pd.concat([c.rows for c in alike])
             lost = int((rows["done"] & (rows["outcome"] != "trained")).sum())
-            what = alike[0].what + f", {lost} not trained" * bool(lost)
-            points = percent(records.summarise(tables.trained(rows), "warmup"))
-            draw_curve(p, ax, points, styles[key], what, running=any(c.running for c in alike))
+            label = alike[0].what + f", {lost} not trained" * bool(lost)
+            points = records.summarise(tables.trained(rows), "warmup")
+            draw_curve(p, ax, points, styles[key], label, any(c.running for c in alike))
             theirs = records.paper_warmup(alike[0]) if p.paper == "cifar10" else ()
             if len(theirs):
-                draw_behind(p, ax, percent(theirs), styles[key])
+                draw_behind(p, ax, theirs, styles[key])
                 here |= {*theirs.index}
-        for c in pick(curves, step=0):
+        for c in without:
             if len(good := tables.trained(c.rows)):
-                level = 100 * good["test_accuracy"].mean()
-                line = ax.axhline(level, label="no warmup", **DOTTED)
+                accuracy = percent(good["test_accuracy"].mean())
+                line = ax.axhline(accuracy, label="no warmup", **DOTTED)
                 p.note("no warmup", line, [len(good)])
-        ticks(ax, here)
-    first = None
+        ticks(ax, 2, {t: str(t) for t in sorted(here)}, **SLANTED)
+    ax = None
     for kind, shown in columns.items():
-        ax = p.panel("step", "top Hessian eigenvalue", f"{kind}, warmup {typical}", sharey=first)
-        first = first or ax
-        shown = pick(shown + everything, step=typical)
-        for c in shown + pick(curves, step=0):
+        title = f"{kind}, warmup {typical}"
+        ax = p.panel("step", "top Hessian eigenvalue", title, sharey=ax, yscale="log")
+        for c in pick(shown, step=typical) + without:
             style = styles[c.kind, c.size] if c.step else look(c) | {"color": "0.6"}
             label = c.what if c.step else "no warmup"
-            draw_curve(p, ax, tables.sharpness(c.rows), style, label, True, c.running, log=True)
-        ax.set_yscale("log")
+            draw_curve(p, ax, tables.sharpness(c.rows), style, label, c.running, scale=1, log=True)
 
 
 def draw_outcomes(p: Picture, curves: list[Curve]) -> None:
     """Accuracies of a single length of warmup: a row a configuration, a dot a replicate."""
-    shown = [(c, 100 * tables.trained(c.rows)["test_accuracy"]) for c in reversed(curves)]
+    shown = [(c, percent(tables.trained(c.rows)["test_accuracy"])) for c in reversed(curves)]
     shown = [(c, x) for c, x in shown if len(x)]
     if not shown:
         return
@@ -456,12 +447,12 @@ def draw_outcomes(p: Picture, curves: list[Curve]) -> None:
 def tracked(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     """A column of the logs by step; of coherence the band is over all batches of all replicates."""
     values = []
-    for folder in rows["folder"].unique():
-        log = Path(folder) / "log.csv"
+    for folder in map(Path, rows["folder"].unique()):
+        log = folder / "log.csv"
         logged = [x for x in runs.read_rows(log) if x.get(kind)] if log.exists() else []
-        each = records.load(Path(folder) / f"{kind}.npy")
+        each = records.load(folder / f"{kind}.npy")
         if each is None or len(each) != len(logged):
-            each = [[float(x[kind])] for x in logged]
+            each = [[x[kind]] for x in logged]
         for x, batches in zip(logged, each, strict=True):
             values += [(int(x["step"]), float(v)) for v in batches]
     return records.summarise(pd.DataFrame(values, columns=["step", kind]), "step", kind)
@@ -480,74 +471,64 @@ def watched(c: Curve) -> str:
 def fig7(p: Picture) -> None:
     """Learning curves and coherence; a panel for each set of easy examples that was watched."""
     curves = pick(p.curves, step=max(c.step for c in p.curves))
-    kinds = [("test_accuracy", "test accuracy", curves)]
-    kinds += [("train_accuracy", "accuracy on all training data", curves)]
-    for title in dict.fromkeys(watched(c) for c in curves):
-        kinds.append(("easy_accuracy", title, [c for c in curves if watched(c) == title]))
-    kinds += [("coherence", "gradients of batches against their mean", curves)]
-    for kind, title, shown in kinds:
-        found = [(c, points) for c in shown if len(points := tracked(c.rows, kind))]
-        cosine = kind == "coherence"
-        ax = p.panel("step", "cosine" if cosine else "accuracy (%)", title) if found else None
-        for c, points in found:
-            n = points.assign(n=c.rows["replicate"].nunique())
-            shown = n if cosine else percent(n)
-            draw_curve(p, ax, shown, look(c, curves), c.label, True, c.running)
+    panels = [("test_accuracy", "test accuracy", curves)]
+    panels += [("train_accuracy", "accuracy on all training data", curves)]
+    for title in dict.fromkeys(map(watched, curves)):
+        panels.append(("easy_accuracy", title, [c for c in curves if watched(c) == title]))
+    panels += [("coherence", "gradients of batches against their mean", curves)]
+    for kind, title, shown in panels:
+        found = {c: points for c in shown if len(points := tracked(c.rows, kind))}
+        ylabel, scale = ("cosine", 1) if kind == "coherence" else ("accuracy (%)", 100)
+        ax = p.panel("step", ylabel, title) if found else None
+        for c, points in found.items():
+            points["n"] = c.rows["replicate"].nunique()
+            draw_curve(p, ax, points, look(c, curves), c.label, c.running, scale=scale)
 
 
-def draw_shares(
-    p: Picture, ax: Axes, values: list, edges: np.ndarray, style: dict, label: str
-) -> None:
-    """A stepped line of the shares of values in bins, mean and band over replicates; what is
-    outside counts in the end bins."""
-    inside = [x.ravel().clip(edges[0], edges[-1]) for x in values]
-    share = [100 * np.histogram(x, edges)[0] / x.size for x in inside]
-    mean, sd = np.mean(share, 0), np.std(share, 0, ddof=1) if len(share) > 1 else 0
-    line = ax.stairs(mean, edges, color=style["color"], ls=style["linestyle"], lw=1.2)
-    low = np.maximum(mean - sd, 0)
-    ax.stairs(mean + sd, edges, baseline=low, fill=True, color=style["color"], alpha=0.13)
-    p.note(label, line, [len(values)])
+def draw_shares(p: Picture, xlabel: str, title: str, edges: np.ndarray, lines: list) -> None:
+    """A panel of stepped lines, each (an array of each replicate, style, label): the shares of
+    values in bins, mean and band over replicates; what is outside counts in the end bins."""
+    ax = p.panel(xlabel, "share (%)", title)
+    for values, style, label in lines:
+        inside = [x.ravel().clip(edges[0], edges[-1]) for x in values]
+        share = [100 * np.histogram(x, edges)[0] / x.size for x in inside]
+        mean, sd = np.mean(share, 0), np.std(share, 0, ddof=1) if len(share) > 1 else 0
+        line = ax.stairs(mean, edges, color=style["color"], ls=style["linestyle"], lw=1.2)
+        low = np.maximum(mean - sd, 0)
+        ax.stairs(mean + sd, edges, baseline=low, fill=True, color=style["color"], alpha=0.13)
+        p.note(label, line, [len(values)])
 
 
 def fig8(p: Picture) -> None:
     """Norms of minibatch gradients over the first 200 steps."""
     curves = pick(p.curves, step=min(c.step for c in p.curves))
-    found = [(c, [x[:200] for x in records.load_all(c.rows, "gradient_norm.npy")]) for c in curves]
-    found = [(c, norms) for c, norms in found if norms]
-    if not found:
-        return
-    steps = min(200, curves[0].step)
-    ax = p.panel(f"norm of a minibatch gradient, first {steps} steps", "share (%)")
-    edges = np.linspace(0, max(x.max() for _, norms in found for x in norms), 41)
-    for c, norms in found:
-        draw_shares(p, ax, norms, edges, look(c, [c for c, _ in found]), c.label)
-
-
-def projected(c: Curve, level: int) -> list[np.ndarray]:
-    """The error of w_tr on each example under the mask of a level, of each replicate."""
-    each = records.load_all(c.rows, "projected_error.npy")
-    return [x[level] for x in each if level < len(x)]
+    norms = {c: [x[:200] for x in records.load_all(c.rows, "gradient_norm.npy")] for c in curves}
+    norms = {c: each for c, each in norms.items() if each}
+    if norms:
+        xlabel = f"norm of a minibatch gradient, first {min(200, curves[0].step)} steps"
+        edges = np.linspace(0, max(x.max() for each in norms.values() for x in each), 41)
+        lines = [(each, look(c, norms), c.label) for c, each in norms.items()]
+        draw_shares(p, xlabel, "", edges, lines)
 
 
 def fig9(p: Picture) -> None:
     """Each pre-training before and after projection; then all before, and all after."""
     size, t = records.main_setting(usual(p.curves))
     shown = [("all", 0, t), ("all", 0, 2 * t), ("easy", size, t)]
-    curves = [c for c in usual(p.curves) if len(c.points) and (c.subset, c.size, c.step) in shown]
+    curves = [c for c in usual(p.curves) if (c.subset, c.size, c.step) in shown]
     last = min(6, *(max(c.points.index) for c in curves)) if curves else 0
-    errors = {(c, k): projected(c, k) for c in curves for k in {0, last}}
-    curves = [c for c in curves if errors[c, 0] and errors[c, last]]
+    each = {c: records.load_all(c.rows, "projected_error.npy") for c in curves}
+    errors = {c: {k: [x[k] for x in each[c] if k < len(x)] for k in (0, last)} for c in curves}
+    errors = {c: found for c, found in errors.items() if found[0] and found[last]}
     edges, axis = np.linspace(0, math.sqrt(2), 41), "||softmax - onehot|| of an example at w_tr"
     under = {0: "dense", last: f"under the mask of level {last}"}
-    for c in curves:
-        ax = p.panel(axis, "share (%)", c.label)
-        for k, title in under.items():
-            style = {"color": ("0.4", "#b03060")[k > 0], "linestyle": ("--", "-")[k > 0]}
-            draw_shares(p, ax, errors[c, k], edges, style, title)
-    for k, title in under.items() if curves else ():
-        ax = p.panel(axis, "share (%)", title)
-        for c in curves:
-            draw_shares(p, ax, errors[c, k], edges, look(c, curves), c.label)
+    gray, red = ({"color": "0.4", "linestyle": "--"}, {"color": "#b03060", "linestyle": "-"})
+    for c, found in errors.items():
+        lines = [(found[k], red if k else gray, title) for k, title in under.items()]
+        draw_shares(p, axis, c.label, edges, lines)
+    for k, title in under.items() if errors else ():
+        lines = [(found[k], look(c, errors), c.label) for c, found in errors.items()]
+        draw_shares(p, axis, title, edges, lines)
 
 
 def rivals(p: Picture, metric: str) -> None:
@@ -564,16 +545,15 @@ def rivals(p: Picture, metric: str) -> None:
             title = f"Pearson {np.corrcoef(x, y)[0, 1]:.2f}, Spearman {r:.2f}, n={len(x)}"
             ax = p.panel(f"EL2N score at step {b['score_step']}", f"{a['name']} score", title)
             cells = ax.hexbin(x, y, gridsize=40, bins="log", cmap="viridis", mincnt=1, lw=0.1)
-            bar = p.colorbar(cells, cax=ax.inset_axes([1.02, 0, 0.03, 1]))
-            bar.set_label("examples")
-    curves = [c for c in p.curves if len(c.points) and not (c.control or c.noise or c.extra)]
+            p.colorbar(cells, cax=ax.inset_axes([1.02, 0, 0.03, 1]), label="examples")
+    curves = pick(p.curves, control="", noise=0.0, extra="")
     by = [c for c in curves if c.metric.split()[:1] == [metric]]
-    for size, t in sorted({(c.size, c.step) for c in by}):
+    for (size, t), alike in sorted(grouped(by, "size", "step").items()):
         ranked = pick(curves, size=size, step=t, offset=0, rate=0.0)
-        kinds = [pick(ranked, subset="random"), pick(ranked, subset="easy", metric="el2n")]
-        rival = sorted((c for c in ranked if c in by), key=lambda c: (len(c.metric), c.metric))
-        plain = [c for c in all_data(curves) if c.step in (0, t, 2 * t)]
-        draw_levels(p, [*itertools.chain(*kinds), *rival], plain, f"{size} examples, {t} steps")
+        shown = pick(ranked, subset="random") + pick(ranked, subset="easy", metric="el2n")
+        rival = sorted((c for c in alike if c in ranked), key=lambda c: (len(c.metric), c.metric))
+        plain = pick(all_data(curves), step={0, t, 2 * t})
+        draw_levels(p, shown + rival, plain, f"{size} examples, {t} steps")
 
 
 def examples(
@@ -587,9 +567,8 @@ def examples(
 
     import common
 
-    outs = outs or table["out"].unique()
-    found = [m for out in outs for m in records.read_metrics(Path(out)) if m["metric"] == "el2n"]
-    for m in (m for m in found if not m["label_noise"][0]):
+    found = [m for out in outs or table["out"].unique() for m in records.read_metrics(Path(out))]
+    for m in (m for m in found if m["metric"] == "el2n" and not m["label_noise"][0]):
         scores, name = records.load(m["folder"] / "scores.npy"), m["dataset"]
         name = next((d for d in folders if Path(d).stem == name), name)
         try:
@@ -646,7 +625,6 @@ class Kind(NamedTuple):
     columns: int = 3
 
 
-partial = functools.partial
 LMC, FORGETTING = partial(rivals, metric="lmc"), partial(rivals, metric="forgetting")
 FIGURES = {
     "fig2": Kind("imp", by_size, LEVELS),
@@ -668,20 +646,19 @@ FIGURES = {
 
 def drawn(
     figure: str, table: pd.DataFrame, paper: str | None = None, **where: Any
-) -> Iterator[tuple[str, Picture, str]]:
-    """(name, picture, caption) of each model that has the runs of a figure; `where` is for
-    `examples`."""
+) -> Iterator[tuple[str, Picture]]:
+    """(name, picture) of each model that has the runs of a figure; `where` is for `examples`."""
     kind = FIGURES[figure]
-    if figure == "examples":
-        for name, picture in examples(table, **where):
-            yield name, picture, f"{figure}, {name}. {kind.caption}\n"
-        return
+    for name, picture in examples(table, **where) if figure == "examples" else ():
+        picture.caption = f"{figure}, {name}. {kind.caption}\n"
+        yield name, picture
     for page in records.pages(table, kind.stage, paper):
         picture = Picture(page)
         kind.draw(picture)
         if picture.panels:
             arrange(picture, kind.columns)
-            yield page.name, picture, caption(figure, picture)
+            picture.caption = caption(figure, picture)
+            yield page.name, picture
 
 
 def caption(figure: str, picture: Picture) -> str:
@@ -690,7 +667,7 @@ def caption(figure: str, picture: Picture) -> str:
     lines.append("Lines: means over n replicates; bands: sample standard deviations.")
     if any(k.startswith(SOURCE) for k in picture.entries):
         lines.append(f"Thin lines or open dots: {SOURCE}, arXiv 2206.01278.")
-    lines += [f"  {label}" for label in picture.labels().values()]
+    lines += [f"  {text}" for text in picture.legend_entries()]
     if not picture.page.rows["done"].all():
         lines.append("*: runs in progress, with the levels they have.")
     return "\n".join(lines) + "\n"
@@ -700,7 +677,7 @@ def draw(figure: str, table: pd.DataFrame | str | Path = "results") -> dict[str,
     """The pictures of a figure by name, from `frame` or a folder; nothing is written."""
     table = table if isinstance(table, pd.DataFrame) else frame(table)
     with matplotlib.rc_context(STYLE):
-        return {name: picture for name, picture, _ in drawn(figure, table)}
+        return dict(drawn(figure, table))
 
 
 def missing(shown: dict[str, list[str]], datasets: Iterable[str], out: Path) -> list[str]:
@@ -709,11 +686,12 @@ def missing(shown: dict[str, list[str]], datasets: Iterable[str], out: Path) -> 
     for figure, names in shown.items():
         for data in sorted({*FIGURES[figure].grid} & {*datasets}):
             if not any(name.startswith(f"{data}-") for name in names):
-                command = ["bash", "run_all.sh", "--only", figure, "--dataset", data, *where]
-                if figure == "examples":
-                    command = ["python", "el2n.py", "--dataset", data, *where]
-                stage = FIGURES[figure].stage
-                lines.append(f"{figure} of {data} needs runs of {stage}.py: {shlex.join(command)}")
+                command = ["bash", "run_all.sh", "--only", figure]
+                command = ["python", "el2n.py"] if figure == "examples" else command
+                command = shlex.join([*command, "--dataset", data, *where])
+                lines.append(
+                    f"{figure} of {data} needs runs of {FIGURES[figure].stage}.py: {command}"
+                )
     for data in sorted({*PUBLISHED} - {*datasets}):
         lines.append(f"{data}: {shlex.join(['bash', 'run_all.sh', '--dataset', data, *where])}")
     return lines
@@ -742,12 +720,12 @@ def flags() -> options.Parser:
     return parser
 
 
-def save(picture: Picture, text: str, path: Path) -> Path:
+def save(picture: Picture, path: Path) -> Path:
     """PNG, SVG, PDF, and the caption; the path of the PNG."""
     for kind, about in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
-        fill = functools.partial(picture.savefig, format=kind, dpi=160, metadata=about)
+        fill = partial(picture.savefig, format=kind, dpi=160, metadata=about)
         runs.write(path.parent / f"{path.name}.{kind}", fill)
-    tables.write_text(path.parent / f"{path.name}.txt", text)
+    tables.write_text(path.parent / f"{path.name}.txt", picture.caption)
     return path.parent / f"{path.name}.png"
 
 
@@ -774,8 +752,8 @@ def main(args: argparse.Namespace) -> Any:
     with matplotlib.rc_context(STYLE):
         for figure in args.figure or [x for x in FIGURES if x != "examples"]:
             shown[figure] = []
-            for name, picture, text in drawn(figure, table, args.paper, **where):
-                written.append(save(picture, text, folder / f"{figure}-{name}"))
+            for name, picture in drawn(figure, table, args.paper, **where):
+                written.append(save(picture, folder / f"{figure}-{name}"))
                 shown[figure].append(name)
     if not args.figure:
         found = ((name, rows) for name, rows in tables.tables(table, rule, args.paper) if rows)

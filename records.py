@@ -28,17 +28,19 @@ BALANCED = {"cifar10": True, "cinic10": False}  # the paper's easy subsets; of C
 IDENTITY = {"subset", "size", "offset", "balance", "scores", "indices", "label_noise", "rewind"}
 IDENTITY |= {"replicate", "track", "every", "easy_size", "easy_balance", "warmup", "pretrain_lr"}
 IDENTITY |= {"control", "init", "parent", "mask", "name", "model"}
+OPTIONAL = {"data": None, "pretrain_lr": None, "size": 0, "offset": 0, "rewind": 0, "warmup": 0}
+OPTIONAL |= {"easy_size": 0, "balance": False, "easy_balance": False, "control": ""}
 
 # ---- reading -------------------------------------------------------------------------------------
 
-TEXT = ["out", "stage", "dataset", "model", "name", "variant", "folder", "run", "data", "subset"]
-TEXT += ["metric", "control", "extra", "start", "outcome"]
-COUNTS = ["size", "offset", "rewind", "warmup", "replicate", "steps", "batch_size", "easy_size"]
 VALUES = ["noise", "pretrain_lr", "level", "weights_remaining", "test_accuracy", "test_loss"]
 VALUES += ["train_loss", "projected_test_accuracy", "seconds", "steps_per_second"]
 VALUES += ["pretrain_accuracy", "loss_barrier", "error_barrier"]
 VALUES += ["warmed_eigenvalue", "largest_eigenvalue"]  # at the end of warmup; from there on
-COLUMNS = [*TEXT, *COUNTS, "balance", "easy_balance", "connected", "done", *VALUES, "sharpness"]
+COLUMNS = ["out", "stage", "dataset", "model", "name", "variant", "folder", "run", "data", "subset"]
+COLUMNS += ["metric", "control", "extra", "start", "outcome", "size", "offset", "rewind", "warmup"]
+COLUMNS += ["replicate", "steps", "batch_size", "easy_size", "balance", "easy_balance"]
+COLUMNS += ["connected", "done", *VALUES, "sharpness"]
 
 
 def skipped(reason: Any) -> None:
@@ -60,22 +62,23 @@ def frame(
             raise runs.UserError(f"{top} is not a folder: --out names one that holds results")
     metrics = {m["sha256_of_scores"]: m["name"] for top in tops for m in read_metrics(top)}
     rows, first = [], {}
-    for top in tops:
-        for path in sorted(p for s in STAGES for p in top.glob(f"{s}/*/*/rep*/config.json")):
-            if not re.fullmatch(r"rep\d+", path.parent.name):
-                continue
-            try:
-                found = read_run(top, path, metrics)
-            except runs.UserError as e:
-                skipped(e)
-            except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
-                skipped(f"{path.parent}: not one of our runs ({e!r})")
-            else:
-                original = first.setdefault(found[0]["run"], path.parent) if found else path.parent
-                if original != path.parent:
-                    skipped(f"{path.parent} is a copy of {original}")
-                elif not datasets or (found and found[0]["dataset"] in datasets):
-                    rows += found
+    paths = [(top, path) for top in tops for path in sorted(top.glob("*/*/*/rep*/config.json"))]
+    for top, path in paths:
+        folder = path.parent
+        if path.parts[-5] not in STAGES or not re.fullmatch(r"rep\d+", folder.name):
+            continue
+        try:
+            found = read_run(top, path, metrics)
+        except runs.UserError as e:
+            found = skipped(e)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
+            found = skipped(f"{folder}: not one of our runs ({e!r})")
+        if not found:
+            continue
+        if (original := first.setdefault(found[0]["run"], folder)) != folder:
+            skipped(f"{folder} is a copy of {original}")
+        elif not datasets or found[0]["dataset"] in datasets:
+            rows += found
     table = pd.DataFrame(rows, columns=[*COLUMNS, "settings"])
     table[VALUES] = table[VALUES].apply(pd.to_numeric)
     table["variant"] = ""
@@ -106,10 +109,8 @@ def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
     row = {"out": str(out), "stage": stage, "model": folder.parts[-3], "name": folder.parent.name}
     row |= {"folder": str(folder), "run": about["run"], "done": done, "settings": s}
     row |= {k: s[k] for k in ("dataset", "subset", "replicate", "steps", "batch_size")}
-    row |= {k: s.get(k) for k in ("data", "pretrain_lr")} | {"noise": s["label_noise"]}
-    row |= {k: s.get(k) or 0 for k in ("size", "offset", "rewind", "warmup", "easy_size")}
-    row |= {k: bool(s.get(k)) for k in ("balance", "easy_balance")}
-    row |= {"metric": metric_of(s, folder.parent.name, metrics), "control": s.get("control") or ""}
+    row |= {"noise": s["label_noise"], "metric": metric_of(s, folder.parent.name, metrics)}
+    row |= {k: s.get(k) or usual for k, usual in OPTIONAL.items()}
     own = any(s.get(k) for k in ("init", "parent", "indices"))
     extra = [re.split(r"-(?:rewind|warmup)\d", folder.parent.name)[0]] * own
     extra += [k for k in ("mask" * bool(s.get("mask")), s.get("name")) if k]
@@ -221,32 +222,30 @@ class Curve:
 
     @property
     def ranking(self) -> str:
-        by = f" by {self.metric}" if self.metric not in ("", "el2n") else ""
-        start = f" from {self.offset}" if self.offset else ""
-        return " balanced" * bool(self.balance) + by + start
+        by = f" by {self.metric}" * (self.metric not in ("", "el2n"))
+        return " balanced" * bool(self.balance) + by + f" from {self.offset}" * bool(self.offset)
 
     @property
     def what(self) -> str:
         """The examples: easy 3200 balanced."""
-        size = f" {self.size}" if self.size else ""
-        return (self.extra if "indices" in self.subset else f"{self.subset}{size}") + self.ranking
+        named = self.subset + f" {self.size}" * bool(self.size)
+        return (self.extra if "indices" in self.subset else named) + self.ranking
 
     @property
     def more(self) -> str:
-        extra = self.extra if "indices" not in self.subset else ""
-        rate = f"rate {self.rate:g}" if self.rate else ""
-        words = [x for x in (self.control, extra, rate, self.mark) if x]
-        return "".join(f", {x}" for x in words)
+        extra = self.extra * ("indices" not in self.subset)
+        words = self.control, extra, f"rate {self.rate:g}" * bool(self.rate), self.mark
+        return "".join(f", {x}" for x in words if x)
 
     @property
     def label(self) -> str:
-        noise = f", {self.noise:.0%} noise" if self.noise else ""
+        noise = f", {self.noise:.0%} noise" * bool(self.noise)
         return f"{self.what}, step {self.step}{noise}{self.more}"
 
     @property
     def short(self) -> str:
         """For panels whose title says size, step and noise."""
-        step = f", step {self.step}" if self.subset == "all" else ""
+        step = f", step {self.step}" * (self.subset == "all")
         return f"{self.subset}{self.ranking}{step}{self.more}"
 
     @property
@@ -283,13 +282,12 @@ def make_curve(rows: pd.DataFrame, usual_rate: float) -> Curve:
     first = rows.iloc[0]
     points = summarise(rows, "level").join(rows.groupby("level")["weights_remaining"].mean())
     points.index = points.index.astype(int)
+    step, rate = first["warmup" if first["stage"] == "warmup" else "rewind"], first["pretrain_lr"]
+    other = first["rewind"] and not math.isnan(rate) and rate != usual_rate
     keys = {k: first[k] for k in ("noise", "metric", "control", "extra")}
     keys |= {"balance": bool(first["balance"]), "offset": int(first["offset"])}
-    rate = first["pretrain_lr"]
-    other = first["rewind"] and not math.isnan(rate) and rate != usual_rate
-    step = int(first["warmup"] if first["stage"] == "warmup" else first["rewind"])
     keys |= {"rate": float(rate) if other else 0.0, "points": points, "rows": rows}
-    return Curve(first["subset"], int(first["size"]), step, **keys)
+    return Curve(first["subset"], int(first["size"]), int(step), **keys)
 
 
 def make_curves(rows: pd.DataFrame) -> list[Curve]:
@@ -298,17 +296,24 @@ def make_curves(rows: pd.DataFrame) -> list[Curve]:
     frequent = rows.loc[rows["rewind"] > 0, "pretrain_lr"].mode()
     usual_rate = preset.pretrain_lr if preset else frequent[0] if len(frequent) else math.nan
     curves = [make_curve(part, usual_rate) for _, part in rows.groupby(["out", "name"])]
-    often = Counter(c.label for c in curves)
     mark = "out" if rows["out"].nunique() > 1 else "name"
-    for k, c in enumerate(curves):
-        if often[c.label] > 1:
-            curves[k] = dataclasses.replace(c, mark=c.rows[mark].iloc[0])
-    order = {s: k for k, s in enumerate(SUBSETS)}
+    for alike in grouped(curves, "label").values():
+        for c in alike if len(alike) > 1 else ():
+            curves[curves.index(c)] = dataclasses.replace(c, mark=c.rows[mark].iloc[0])
 
     def position(c: Curve) -> tuple:
-        return order.get(c.subset, 9), c.size, c.step, bool(c.balance), c.label
+        rank = [*SUBSETS, c.subset].index(c.subset)
+        return rank, c.size, c.step, bool(c.balance), c.label
 
     return sorted(curves, key=position)
+
+
+def grouped(curves: Iterable[Curve], *keys: str) -> dict[tuple, list[Curve]]:
+    """Those that have these attributes in common, in the order of the first of each."""
+    groups: dict[tuple, list[Curve]] = {}
+    for c in curves:
+        groups.setdefault(tuple(getattr(c, k) for k in keys), []).append(c)
+    return groups
 
 
 def pick(curves: Iterable[Curve], **wanted: Any) -> list[Curve]:
@@ -353,11 +358,9 @@ class Page:
 
     @functools.cached_property
     def curves(self) -> list[Curve]:
-        return make_curves(self.rows)
-
-    @property
-    def dataset(self) -> str:
-        return self.rows["dataset"].iloc[0]
+        """Those of imp have a level at least."""
+        curves = make_curves(self.rows)
+        return [c for c in curves if len(c.points) or c.rows["stage"].iloc[0] != "imp"]
 
     def metrics(self) -> list[dict]:
         """Scores of this model and data, made without label noise."""
@@ -379,60 +382,69 @@ def pages(table: pd.DataFrame, stage: str, paper: str | None = None) -> Iterator
 
 
 @functools.cache
-def paper_table(name: str) -> pd.DataFrame:
-    """A file of paper/; empty, but for the columns that are asked for here, where there is none."""
-    path = PAPER / name
-    return pd.read_csv(path) if path.exists() else pd.DataFrame({"dataset": [], "experiment": []})
+def paper_table(name: str, **wanted: Any) -> pd.DataFrame:
+    """The rows of a file of paper/ that have these values; none where there is no such file."""
+    table = (
+        pd.read_csv(PAPER / name) if (PAPER / name).exists() else pd.DataFrame(columns=[*wanted])
+    )
+    return table[(table[[*wanted]] == pd.Series(wanted)).all(axis=1)]
 
 
-def paper_points(rows: pd.DataFrame, by: str, mean: str, sd: str, n: str) -> pd.DataFrame:
-    """Points with the paper's population deviations as sample ones."""
-    count = rows[n].to_numpy()
-    deviation = rows[sd].to_numpy() * np.sqrt(count / np.maximum(count - 1, 1))
-    columns = {"mean": rows[mean].to_numpy(), "sd": deviation, "n": count}
+def paper_scatter(dataset: str) -> pd.DataFrame:
+    """lmc_scatter.csv of a data set, in the columns of `tables.barriers`."""
+    names = {"subset_method": "subset", "pretrain_test_accuracy": "pretrain_accuracy"}
+    names |= {"mean_train_loss_barrier": "loss_barrier"}
+    names |= {"final_test_accuracy_level7": "final_accuracy"}
+    rows = paper_table("lmc_scatter.csv", dataset=dataset).rename(columns=names)
+    rows = rows.reindex(columns=[*names.values()])
+    return rows.assign(final_accuracy=pd.to_numeric(rows["final_accuracy"], errors="coerce"))
+
+
+def paper_points(rows: pd.DataFrame, by: str, *names: str) -> pd.DataFrame:
+    """Points from columns of mean, deviation and n, the population deviations as sample ones."""
+    mean, sd, n = (rows[k].to_numpy() for k in names)
+    columns = {"mean": mean, "sd": sd * np.sqrt(n / np.maximum(n - 1, 1)), "n": n}
     return pd.DataFrame(columns, index=pd.Index(rows[by], name=by)).dropna(subset=["mean"])
 
 
 @functools.cache
 def paper_curves(dataset: str) -> list[Curve]:
     """imp_curves.csv of a data set."""
-    table, curves = paper_table("imp_curves.csv").query("dataset == @dataset"), []
+    table, curves = paper_table("imp_curves.csv", dataset=dataset), []
     by = ["method", "subset_size", "rewind_steps", "label_noise"]
     for (method, size, step, noise), rows in table.groupby(by) if len(table) else ():
-        forgetting = method == "forgetting"
-        subset = "easy" if forgetting else method
         points = paper_points(rows, "level", "accuracy_mean", "accuracy_std", "replicates")
         points["weights_remaining"] = rows["weights_remaining"].to_numpy()
-        keys = {"metric": "forgetting" if forgetting else "el2n" * (subset in ("easy", "hard"))}
-        keys["balance"] = subset == "easy" and (forgetting or BALANCED.get(dataset))
-        number = 0 if size == "full" else int(size)
-        curves.append(Curve(subset, number, int(step), float(noise), **keys, points=points))
+        forgetting = method == "forgetting"
+        subset, number = "easy" if forgetting else method, 0 if size == "full" else int(size)
+        metric = "forgetting" if forgetting else "el2n" * (method in ("easy", "hard"))
+        balance = forgetting or (method == "easy" and BALANCED.get(dataset))
+        keys = {"metric": metric, "balance": balance, "points": points}
+        curves.append(Curve(subset, number, int(step), float(noise), **keys))
     return curves
 
 
 def published(c: Curve, paper: str) -> Curve | None:
     """The paper's curve of a configuration, whether or not its easy subset is balanced alike."""
-    if c.control or c.extra or c.rate or c.offset:
-        return None
-    key = {k: getattr(c, k) for k in ("subset", "size", "step", "noise", "metric")}
-    return next(iter(pick(paper_curves(paper), **key)), None)
+    keys = ("subset", "size", "step", "noise", "metric", "control", "extra", "rate", "offset")
+    return next(iter(pick(paper_curves(paper), **{k: getattr(c, k) for k in keys})), None)
 
 
-def differs(c: Curve, theirs: Curve) -> str:
+def differs(c: Curve, theirs: Curve | None) -> str:
     """ "balanced" or "not balanced" where the paper's easy subset is and ours is not so."""
-    if c.subset != "easy" or theirs.balance in (None, c.balance):
+    if theirs is None or c.subset != "easy" or theirs.balance in (None, c.balance):
         return ""
     return "balanced" if theirs.balance else "not balanced"
 
 
 def paper_warmup(c: Curve) -> pd.DataFrame:
     """Figure 6 and its windows of the ranking: accuracy by length of warmup."""
-    table, windows = paper_table("warmup_curves.csv"), c.subset == "easy" and not c.balance
-    if not len(table) or c.subset == "hard" or c.metric not in ("", "el2n"):
-        return pd.DataFrame(columns=["mean", "sd", "n"], dtype=float)
+    windows = c.subset == "easy" and not c.balance
     kind = ("rolling", "score_window") if windows else ("fig6", c.subset)
-    rows = table[(table["experiment"] == kind[0]) & (table["subset_type"] == kind[1])]
-    rows = rows[rows["subset_size"] == (c.size or 50000)]
-    rows = rows[rows["left_offset"] == c.offset] if windows else rows
+    wanted = {"experiment": kind[0], "subset_type": kind[1], "subset_size": c.size or 50000}
+    wanted |= {"left_offset": c.offset} if windows else {}
+    rows = paper_table("warmup_curves.csv", **wanted)
+    if c.subset == "hard" or c.metric not in ("", "el2n") or not len(rows):
+        return pd.DataFrame(columns=["mean", "sd", "n"], dtype=float)
     names = ("test_accuracy_mean", "test_accuracy_std", "n_replicates")
     return paper_points(rows, "warmup_steps", *names)

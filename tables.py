@@ -11,12 +11,9 @@ deficit of one standard deviation in 40 % of cases, of two in 95 % (18 % and 56 
 correlate by .8): "matches" does not mean "equals".
 """
 
-import csv
 import fnmatch
-import io
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +30,7 @@ from records import SOURCE, STAGES, Curve, Page, all_data, as_points, pick, span
 FINAL_LEVEL = {"cifar100": 11}  # of the paper's Figure 5, else 7
 DENSE = {"cinic10": 400}  # rewind of the run whose level 0 the paper calls dense, else t*
 CONNECTED = 0.02  # error barrier
+TESTED = ["difference", "standard_error", "p"]
 
 # ---- comparing -----------------------------------------------------------------------------------
 
@@ -41,39 +39,33 @@ def welch(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """Of two tables with mean, sd and n, row by row: the difference of the means, its standard
     error, degrees of freedom, the two-sided p, and that of a below b; NaN where a deviation is
     missing."""
-    columns = ["mean", "sd", "n"]
-    (ma, sa, na), (mb, sb, nb) = (x[columns].to_numpy(float).T for x in (a, b))
-    va, vb = sa**2 / na, sb**2 / nb
-    with np.errstate(divide="ignore", invalid="ignore"):
-        df = (va + vb) ** 2 / (va**2 / (na - 1) + vb**2 / (nb - 1))
-    df = np.where(va + vb == 0, na + nb - 2, df)
-    return tested(ma - mb, np.sqrt(va + vb), df, a.index)
+    va, vb = a["sd"] ** 2 / a["n"], b["sd"] ** 2 / b["n"]
+    df = (va + vb) ** 2 / (va**2 / (a["n"] - 1) + vb**2 / (b["n"] - 1))
+    df = df.where(va + vb != 0, a["n"] + b["n"] - 2)
+    return tested(a["mean"] - b["mean"], np.sqrt(va + vb), df)
 
 
 def paired(differences: pd.DataFrame) -> pd.DataFrame:
     """As `welch`, of differences in columns, one for each replicate that two runs share."""
-    d, n = differences.to_numpy(), differences.shape[1]
-    error = d.std(1, ddof=1) / math.sqrt(n)
-    return tested(d.mean(1), error, np.full(len(d), n - 1), differences.index)
+    d, n = differences, differences.shape[1]
+    return tested(d.mean(axis=1), d.std(axis=1) / math.sqrt(n), n - 1)
 
 
-def tested(
-    difference: np.ndarray, error: np.ndarray, df: np.ndarray, index: pd.Index
-) -> pd.DataFrame:
+def tested(difference: pd.Series, error: pd.Series, df: pd.Series | int) -> pd.DataFrame:
     """Student's two-sided p of differences with these standard errors, and that of below 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where((difference == 0) & (error == 0), 0.0, difference / error)
+    t = (difference / error).where((difference != 0) | (error != 0), 0.0)
     columns = {"difference": difference, "standard_error": error, "df": df}
-    columns |= {"p": 2 * stats.t.sf(abs(t), df), "p_below": stats.t.cdf(t, df)}
-    return pd.DataFrame(columns, index=index)
+    return pd.DataFrame(columns | {"p": 2 * stats.t.sf(abs(t), df), "p_below": stats.t.cdf(t, df)})
 
 
 def shared_differences(a: Curve, b: Curve, levels: list[int]) -> pd.DataFrame:
     """A - B, level x replicate that both have at all the levels."""
-    if a.rows is None or b.rows is None:
-        return pd.DataFrame()
-    d = a.by_replicate.reindex(levels) - b.by_replicate.reindex(levels)
-    return d.dropna(axis=1)
+    return (a.by_replicate.reindex(levels) - b.by_replicate.reindex(levels)).dropna(axis=1)
+
+
+def replicate_means(c: Curve, levels: list[int]) -> pd.DataFrame:
+    """Mean, sd and n of the means over the levels of replicates that have them all."""
+    return as_points(c.by_replicate.reindex(levels).dropna(axis=1).mean())
 
 
 def over_levels(a: Curve, b: Curve, levels: list[int]) -> tuple[pd.Series, str]:
@@ -83,9 +75,9 @@ def over_levels(a: Curve, b: Curve, levels: list[int]) -> tuple[pd.Series, str]:
     d = shared_differences(a, b, levels)
     if d.shape[1] > 1:
         return paired(d.mean().to_frame().T).iloc[0], f"paired, n={d.shape[1]}"
-    each = [c.by_replicate.reindex(levels).dropna(axis=1).mean() for c in (a, b)]
-    if min(map(len, each)) > 1:
-        return welch(*map(as_points, each)).iloc[0], "by replicate"
+    each = [replicate_means(c, levels) for c in (a, b)]
+    if min(x.loc[0, "n"] for x in each) > 1:
+        return welch(*each).iloc[0], "by replicate"
     worst = []
     for x in (c.points.loc[levels] for c in (a, b)):
         row = {"mean": x["mean"].mean(), "sd": x["sd"].mean(skipna=False), "n": x["n"].min()}
@@ -159,21 +151,19 @@ def references(a: Curve, curves: list[Curve], data: str) -> tuple[pd.Series | No
     """The dense network, level 0 of all data at t* or as the paper chose, and w_t*, all data for
     twice the steps of A, or of the main setting; under label noise the noisy ones if there are."""
     full = all_data(curves, a.noise) or all_data(curves)
-    star = next(
-        iter(pick(full, step=2 * (a.step or records.main_setting(records.usual(curves))[1]))), None
-    )
-    dense = (pick(full, step=DENSE.get(data)) or ([star] if star else full))[-1:]
-    known = bool(dense) and 0 in dense[0].points.index
-    return dense[0].points.loc[0] if known else None, star
+    t = a.step or records.main_setting(records.usual(curves))[1]
+    star = pick(full, step=2 * t)[:1]
+    dense = (pick(full, step=DENSE.get(data)) or star or full)[-1:]
+    level0 = next((c.points.loc[0] for c in dense if 0 in c.points.index), None)
+    return level0, next(iter(star), None)
 
 
 def as_dense(c: Curve, dense: pd.Series | None, levels: list[int], rule: Rule) -> list[int]:
     """The levels at which a curve is not below the dense network."""
     if dense is None or not levels:
         return []
-    same = pd.DataFrame([dense] * len(levels), index=levels)
-    found = judge(c.points, same, levels, rule)
-    return [k for k in levels if not found.loc[k, "below"]]
+    found = judge(c.points, pd.DataFrame([dense] * len(levels), index=levels), levels, rule)
+    return [*found.index[~found["below"]]]
 
 
 def matching(
@@ -206,35 +196,23 @@ def compare(
     both = [k for k in chosen if k in b.points.index]
     found = judge(a.points, b.points, both, rule)
     ends = [f"{a.points.loc[k, 'weights_remaining']:.1%}" for k in both[:1] + both[-1:]]
-    mean, how = over_levels(a, b, both) if both else (pd.Series(dtype=float), "-")
-
-    def where(column: str) -> str:
-        return ranges(found.index[found[column]])
-
-    return {
-        "A": a.legend,
-        "verdict": verdict(found),
-        "B": b.legend,
-        "levels": ranges(both),
-        "weights_remaining": " to ".join(ends),
-        "A_above_at": where("above"),
-        "A_below_at": where("below"),
-        "mean_difference": mean.get("difference", math.nan),
-        "standard_error": mean.get("standard_error", math.nan),
-        "p": mean.get("p", math.nan),
-        "mean_tested": how,
-        "smallest_difference": found["difference"].min(),
-        "A_matches_w_t*": matching(a, star, dense, chosen, rule),
-        "A_matches_dense_at": ranges(as_dense(a, dense, [*a.points.index], rule)),
-        "B_matches_dense_at": ranges(as_dense(b, dense, [*b.points.index], rule)),
-        "family_wise_error": rule.error,
-        "deficit_found_at_a_level": detectable(found, limit_of(rule.error, len(both))).median(),
-        "deficit_found_in_the_mean": detectable(mean, rule.error) if both else math.nan,
-        "slack_in_standard_errors": rule.slack,
-        "by_slack": verdict(found, "literally_"),
-        "A_above_by_slack": where("literally_above"),
-        "A_below_by_slack": where("literally_below"),
-    }
+    mean, how = over_levels(a, b, both) if both else (pd.Series(math.nan, found.columns), "-")
+    sides = ("above", "below", "literally_above", "literally_below")
+    at = {k: ranges(found.index[found[k]]) for k in sides}
+    row = {"A": a.legend, "verdict": verdict(found), "B": b.legend, "levels": ranges(both)}
+    row |= {"weights_remaining": " to ".join(ends)}
+    row |= {"A_above_at": at["above"], "A_below_at": at["below"]}
+    row |= {"mean_difference": mean["difference"], "standard_error": mean["standard_error"]}
+    row |= {"p": mean["p"], "mean_tested": how, "smallest_difference": found["difference"].min()}
+    row |= {"A_matches_w_t*": matching(a, star, dense, chosen, rule)}
+    row |= {f"{k}_matches_dense_at": ranges(as_dense(c, dense, [*c.points.index], rule))
+            for k, c in zip("AB", (a, b), strict=True)}  # fmt: skip
+    row |= {"family_wise_error": rule.error}
+    row |= {"deficit_found_at_a_level": detectable(found, limit_of(rule.error, len(both))).median()}
+    row |= {"deficit_found_in_the_mean": detectable(mean, rule.error)}
+    row |= {"slack_in_standard_errors": rule.slack, "by_slack": verdict(found, "literally_")}
+    row |= {"A_above_by_slack": at["literally_above"]}
+    return row | {"A_below_by_slack": at["literally_below"]}
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -244,19 +222,19 @@ def level_rows(page: Page) -> Iterator[dict]:
     """Test accuracy at each level, ours and the paper's, and how they differ."""
     for c in page.curves:
         theirs = records.published(c, page.paper)
-        points = (theirs or c).points.reindex(c.points.index if theirs else [])
-        found = welch(c.points, points.reindex(c.points.index))
+        paper = (theirs.points if theirs else c.points[:0]).reindex(c.points.index)
+        found = welch(c.points, paper)
         for k, x in c.points.iterrows():
             row = {"configuration": c.legend, "level": k, "ours": x["mean"], "sd": x["sd"]}
             row |= {"weights_remaining": x["weights_remaining"], "n": int(x["n"])}
-            p = points.loc[k] if k in points.index else {}
-            row |= {"paper": p.get("mean"), "paper_sd": p.get("sd"), "paper_n": p.get("n")}
-            row |= {"paper_is_of": records.differs(c, theirs) if theirs else ""}
-            yield row | found.loc[k, ["difference", "standard_error", "p"]].to_dict()
+            row |= {"paper": paper["mean"][k], "paper_sd": paper["sd"][k], "paper_n": paper["n"][k]}
+            row |= {"paper_is_of": records.differs(c, theirs)}
+            yield row | found.loc[k, TESTED].to_dict()
 
 
-def verdict_rows(page: Page, curves: list[Curve], rule: Rule) -> Iterator[dict]:
+def verdict_rows(page: Page, rule: Rule) -> Iterator[dict]:
     """Each curve against those of all data; tickets against their controls."""
+    curves = page.curves
     full = {c for noise in {c.noise for c in curves} for c in all_data(curves, noise)}
     for a, b in itertools.permutations(curves, 2):
         same = (a.what, a.step, a.noise) == (b.what, b.step, b.noise)
@@ -279,34 +257,32 @@ def rewind_rows(page: Page, rule: Rule) -> list[dict]:
         matches = "no" if under else "yes" if min(c.n) > 1 else "not tested: one replicate"
         first = matches == "yes" and c.rate not in starred
         starred |= {c.rate} if first else set()
-        rate = c.rows["pretrain_lr"].iloc[0]
-        row = {"pretrain_lr": rate if c.step else None, "rewind": c.step, "n": span(c.n)}
-        row |= {"level": last, "weights_remaining": c.points.loc[last, "weights_remaining"]}
-        row |= {"accuracy": c.points.loc[last, "mean"], "dense": c.points.loc[0, "mean"]}
-        row |= {"below_dense_at": ranges(under), "matches_dense": matches, "t*": "t*" * first}
-        alike = [
-            x.points.loc[last, "mean"] for x in pick(full, step=c.step) if last in x.points.index
-        ]
-        best = len(alike) > 1 and bool(row["accuracy"] == max(alike))
-        rows.append(row | {"best_rate": f"best of {len(alike)}" * best})
+        mean, alike = c.points["mean"], pick(full, step=c.step)
+        rivals = [x.points["mean"][last] for x in alike if last in x.points.index]
+        best = len(rivals) > 1 and bool(mean[last] == max(rivals))
+        rate = c.rows["pretrain_lr"].iloc[0] if c.step else None
+        row = {"pretrain_lr": rate, "rewind": c.step, "n": span(c.n), "level": last}
+        row |= {"weights_remaining": c.points.loc[last, "weights_remaining"]}
+        row |= {"accuracy": mean[last], "dense": mean[0], "below_dense_at": ranges(under)}
+        row |= {"matches_dense": matches, "t*": "t*" * first}
+        rows.append(row | {"best_rate": f"best of {len(rivals)}" * best})
     return rows
 
 
-def size_rows(page: Page) -> list[dict]:
+def size_rows(page: Page) -> Iterator[dict]:
     """Which size of each kind of subset is best, by the mean over the levels of Figure 3."""
-    ranked = [c for c in page.curves if c.size and not c.control and len(c.points)]
-    rows, levels = [], [*records.three_levels(ranked)]
+    ranked = [c for c in page.curves if c.size and not c.control]
+    levels = [*records.three_levels(ranked)]
     ranked = [c for c in ranked if {*levels} <= {*c.points.index}]
-    for key in dict.fromkeys((c.kind, c.step) for c in ranked):
-        alike = [c for c in ranked if (c.kind, c.step) == key]
-        best = max(alike, key=lambda c: c.points.loc[levels, "mean"].mean())
+    for alike in records.grouped(ranked, "kind", "step").values():
+        means = {c: c.points.loc[levels, "mean"].mean() for c in alike}
+        best = max(means, key=means.get)
         for c in alike if len(alike) > 1 else ():
             row = {"configuration": c.legend, "size": c.size, "levels": ranges(levels)}
-            row |= {"accuracy": c.points.loc[levels, "mean"].mean(), "best": "best" * (c is best)}
+            row |= {"accuracy": means[c], "best": "best" * (c is best)}
             found, how = over_levels(c, best, levels)
-            tested = {k: found[k] for k in ("difference", "standard_error", "p")} | {"tested": how}
-            rows.append(row | (tested if c is not best else dict.fromkeys(tested)))
-    return rows
+            tested = found[TESTED].to_dict() | {"tested": how}
+            yield row | (tested if c is not best else dict.fromkeys(tested))
 
 
 def barriers(page: Page) -> pd.DataFrame:
@@ -318,43 +294,39 @@ def barriers(page: Page) -> pd.DataFrame:
     reached = imp.groupby("folder")["level"].max()
     level = wanted if not len(reached) or reached.max() >= wanted else int(reached.min())
     final = imp[imp["level"] == level].drop_duplicates(["start", "steps"])
-    final = final.set_index(["start", "steps"])["test_accuracy"]
-    rows = page.rows[page.rows["done"] & page.rows["loss_barrier"].notna()].copy()
-    rows["configuration"], rows["level"] = "", level
-    for c in page.curves:
-        rows.loc[rows.index.intersection(c.rows.index), "configuration"] = c.label
-    keys = zip(rows["start"], rows["steps"], strict=True)
-    return rows.assign(final_accuracy=[final.get(key, math.nan) for key in keys])
+    final = final.set_index(["start", "steps"])["test_accuracy"].rename("final_accuracy")
+    rows = pd.concat([c.rows.assign(configuration=c.label, level=level) for c in page.curves])
+    rows = rows[rows["done"] & rows["loss_barrier"].notna()].sort_index()
+    return rows.join(final, on=["start", "steps"])
 
 
-def onset_rows(page: Page) -> list[dict]:
+def onset_rows(page: Page) -> Iterator[dict]:
     """Barriers by spawn point for each kind of pre-training, and from where on children are
     connected: the mean error barrier is below 2 % there and at every later spawn point."""
     done = [c for c in page.curves if c.rows["loss_barrier"].notna().any()]
-    start, rows = pick(done, subset="all", step=0)[:1], []
-    for key in dict.fromkeys((c.kind, c.size) for c in done):
-        alike = [c for c in done if (c.kind, c.size) == key and c.step]
-        alike = start + sorted(alike, key=lambda c: c.step)
+    start = pick(done, subset="all", step=0)[:1]
+    for alike in records.grouped(done, "kind", "size").values():
+        alike = start + sorted((c for c in alike if c.step), key=lambda c: c.step)
         joined = [c.rows["error_barrier"].mean() < CONNECTED for c in alike]
-        late = next((k for k in range(len(alike)) if all(joined[k:])), None)
-        onset = "one spawn point" if len(alike) < 2 else "none"
-        onset = f"step {alike[late].step}" if late is not None and len(alike) > 1 else onset
+        onset = next((f"step {c.step}" for k, c in enumerate(alike) if all(joined[k:])), "none")
+        onset = onset if len(alike) > 1 else "one spawn point"
         for c, connected in zip(alike, joined, strict=True):
-            loss, error = (c.rows[k].dropna() for k in ("loss_barrier", "error_barrier"))
+            loss, error = c.rows["loss_barrier"].dropna(), c.rows["error_barrier"].dropna()
             row = {"pretraining": alike[-1].what + alike[-1].more, "spawned_at": c.step}
             row |= {"n": len(loss), "loss_barrier": loss.mean(), "sd": loss.std()}
             row |= {"error_barrier": error.mean(), "error_sd": error.std()}
             row |= {"connected": "yes" if connected else "no", "onset": onset}
-            rows.append(row | {"replicates_connected": int((error < CONNECTED).sum())})
-    return rows
+            yield row | {"replicates_connected": int((error < CONNECTED).sum())}
 
 
-def correlate(rows: pd.DataFrame, key: str, value: str = "final_accuracy") -> dict[str, Any]:
-    """Pearson's and Spearman's coefficients with their p; None where they are not defined."""
-    known = rows.dropna(subset=[key, value])
+def correlate(rows: pd.DataFrame, key: str) -> dict[str, Any]:
+    """Pearson's and Spearman's coefficients of a forecast with the final accuracy, with their p;
+    None where they are not defined."""
+    known = rows.dropna(subset=[key, "final_accuracy"])
     row: dict[str, Any] = {"n": len(known), **dict.fromkeys(("pearson", "p", "spearman", "p_rank"))}
-    if len(known) > 2 and known[key].nunique() > 1 and known[value].nunique() > 1:
-        plain, rank = (f(known[key], known[value]) for f in (stats.pearsonr, stats.spearmanr))
+    x, y = known[key], known["final_accuracy"]
+    if len(known) > 2 and x.nunique() > 1 and y.nunique() > 1:
+        plain, rank = stats.pearsonr(x, y), stats.spearmanr(x, y)
         row |= {"pearson": plain.statistic, "p": plain.pvalue}
         row |= {"spearman": rank.statistic, "p_rank": rank.pvalue}
     return row
@@ -362,16 +334,11 @@ def correlate(rows: pd.DataFrame, key: str, value: str = "final_accuracy") -> di
 
 def correlation_rows(page: Page, rows: pd.DataFrame) -> Iterator[dict]:
     """Of Figure 5's forecasts with the final accuracy, with and without step 0."""
-    theirs = records.paper_table("lmc_scatter.csv").query("dataset == @page.paper")
-    names = {"pretrain_accuracy": "pretrain_test_accuracy"}
-    for key, column in {**names, "loss_barrier": "mean_train_loss_barrier"}.items():
-        yield {"forecast": key, "of": "ours, all starts", **correlate(rows, key)}
-        later = rows[rows["rewind"] > 0]
-        yield {"forecast": key, "of": "ours, without step 0", **correlate(later, key)}
-        if len(theirs):
-            y = pd.to_numeric(theirs["final_test_accuracy_level7"], errors="coerce")
-            found = correlate(theirs.assign(final=y), column, "final")
-            yield {"forecast": key, "of": SOURCE, **found}
+    of = {"ours, all starts": rows, "ours, without step 0": rows[rows["rewind"] > 0]}
+    theirs = records.paper_scatter(page.paper)
+    of |= {SOURCE: theirs} if len(theirs) else {}
+    for key, (whose, found) in itertools.product(("pretrain_accuracy", "loss_barrier"), of.items()):
+        yield {"forecast": key, "of": whose, **correlate(found, key)}
 
 
 def trained(rows: pd.DataFrame) -> pd.DataFrame:
@@ -391,17 +358,14 @@ def warmup_rows(page: Page) -> Iterator[dict]:
     """Final accuracy and sharpness of each configuration, and the paper's accuracy."""
     for c in page.curves:
         good = trained(c.rows)
-        theirs = records.paper_warmup(c) if page.paper == "cifar10" else pd.DataFrame()
-        theirs = theirs.reindex([c.step]).reset_index(drop=True)
         ours, lost = as_points(good["test_accuracy"]), int(c.rows["done"].sum()) - len(good)
         row = {"configuration": c.label, "warmup": c.step, "ours": ours.loc[0, "mean"]}
         row |= {"sd": ours.loc[0, "sd"], "n": len(good), "not_trained": lost}
         for k in ("warmed_eigenvalue", "largest_eigenvalue"):
             row |= {k: good[k].mean(), f"{k}_sd": good[k].std()}
-        if "mean" in theirs:
-            found = welch(ours, theirs).iloc[0]
-            row |= {"paper": theirs.loc[0, "mean"]}
-            row |= {k: found[k] for k in ("difference", "standard_error", "p")}
+        if page.paper == "cifar10":
+            theirs = records.paper_warmup(c).reindex([c.step]).reset_index(drop=True)
+            row |= {"paper": theirs.loc[0, "mean"]} | welch(ours, theirs).loc[0, TESTED].to_dict()
         yield row
 
 
@@ -415,10 +379,10 @@ def warmup_differences(page: Page) -> Iterator[dict]:
         row = {"A": a.what, "B": b.what, "warmup": a.step}
         for k in ("test_accuracy", "warmed_eigenvalue", "largest_eigenvalue"):
             x, y = (trained(c.rows).set_index("replicate")[k].dropna() for c in (a, b))
-            found, d = welch(as_points(x), as_points(y)).iloc[0], (x - y).dropna()
+            found, d = welch(as_points(x), as_points(y)).loc[0], (x - y).dropna()
             row |= {k: found["difference"], f"{k}_se": found["standard_error"]}
             row |= {f"{k}_p": found["p"], f"{k}_paired_n": len(d)}
-            row |= {f"{k}_paired_p": paired(d.to_frame().T)["p"].iloc[0] if len(d) > 1 else None}
+            row |= {f"{k}_paired_p": paired(d.to_frame().T)["p"].iloc[0]}
         yield row
 
 
@@ -427,18 +391,17 @@ def tables(
 ) -> Iterator[tuple[str, list[dict]]]:
     """The name and the rows of each table."""
     for page in records.pages(table, "imp", paper):
-        curves = [c for c in page.curves if len(c.points)]
         yield f"imp-{page.name}", [*level_rows(page)]
-        yield f"verdicts-{page.name}", [*verdict_rows(page, curves, rule)]
+        yield f"verdicts-{page.name}", [*verdict_rows(page, rule)]
         yield f"rewind-{page.name}", rewind_rows(page, rule)
-        yield f"sizes-{page.name}", size_rows(page)
-        yield f"accuracy-{page.name}", wide(curves, rule.levels)
+        yield f"sizes-{page.name}", [*size_rows(page)]
+        yield f"accuracy-{page.name}", wide(page.curves, rule.levels)
     for page in records.pages(table, "lmc", paper):
         rows = barriers(page)
         keys = ["configuration", "replicate", "loss_barrier", "error_barrier", "connected"]
-        shown = rows[[*keys, "pretrain_accuracy", "level", "final_accuracy"]]
-        yield f"lmc-{page.name}", shown.to_dict("records")
-        yield f"onset-{page.name}", onset_rows(page)
+        keys += ["pretrain_accuracy", "level", "final_accuracy"]
+        yield f"lmc-{page.name}", rows[keys].to_dict("records")
+        yield f"onset-{page.name}", [*onset_rows(page)]
         yield f"correlations-{page.name}", [*correlation_rows(page, rows)] if len(rows) else []
     for page in records.pages(table, "warmup", paper):
         yield f"warmup-{page.name}", [*warmup_rows(page)]
@@ -456,17 +419,16 @@ def wide(curves: list[Curve], levels: Iterable[int] = ()) -> list[dict]:
     rows = []
     for c in curves:
         row = {"pre-training": c.label + "*" * c.running, "n": span(c.n)}
-        for k in known:
-            x = c.points.loc[k] if k in c.points.index else None
-            cell = "" if x is None else mean_sd(100 * x["mean"], 100 * x["sd"], digits)
-            row[f"{100 * remaining[k]:.3g} %"] = cell
+        for k, x in (100 * c.points.reindex(known)[["mean", "sd"]]).iterrows():
+            row[f"{100 * remaining[k]:.3g} %"] = mean_sd(x["mean"], x["sd"], digits)
         rows.append(row)
     return rows
 
 
 def mean_sd(mean: float, sd: float, digits: int) -> str:
-    """ "91.5 ± 0.2", without the deviation of a single value."""
-    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+    """ "91.5 ± 0.2", without the deviation of a single value; nothing of no value."""
+    spread = f" ± {sd:.{digits}f}" * (not math.isnan(sd))
+    return "" if math.isnan(mean) else f"{mean:.{digits}f}{spread}"
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -479,42 +441,19 @@ def cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def as_csv(rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join(f"| {' | '.join(x)} |\n" for x in lines)
-
-
-def as_latex(rows: list[list[str]]) -> str:
-    """A tabular with the rules of booktabs."""
-
-    def line(row: list[str]) -> str:
-        escaped = (re.sub(r"([%&_#$])", r"\\\1", x).replace("±", r"$\pm$") for x in row)
-        return " & ".join(escaped) + r" \\"
-
-    head = [rf"\begin{{tabular}}{{l{'c' * (len(rows[0]) - 1)}}}", r"\toprule", line(rows[0])]
-    body = [r"\midrule", *map(line, rows[1:]), r"\bottomrule", r"\end{tabular}", ""]
-    return "\n".join([*head, *body])
-
-
-FORMS = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
-
-
 def write_text(path: Path, text: str) -> None:
     runs.write(path, lambda f: f.write(text.encode()))
 
 
 def write_table(path: Path, rows: list[dict]) -> Path:
-    """As CSV, Markdown and LaTeX; the path of the Markdown, as which a person reads it."""
-    header = [*dict.fromkeys(k for row in rows for k in row)]
-    cells = [header, *([cell(row.get(k)) for k in header] for row in rows)]
-    for suffix, form in FORMS.items():
-        write_text(path.parent / f"{path.name}.{suffix}", form(cells))
+    """As CSV, Markdown, LaTeX (booktabs); the path of the Markdown, as which a person reads it."""
+    cells = pd.DataFrame(rows, dtype=object).map(cell)
+    lines = [[*cells], ["---"] * len(cells.columns), *cells.to_numpy()]
+    markdown = "".join(f"| {' | '.join(x)} |\n" for x in lines)
+    columns = "l" + "c" * (len(cells.columns) - 1)
+    latex = cells.to_latex(index=False, escape=True, column_format=columns).replace("±", r"$\pm$")
+    for suffix, text in {"csv": cells.to_csv(index=False), "md": markdown, "tex": latex}.items():
+        write_text(path.parent / f"{path.name}.{suffix}", text)
     return path.parent / f"{path.name}.md"
 
 
@@ -566,34 +505,28 @@ def compare_two(
         summary = compare(a, b, page.curves, page.paper, rule)
     else:
         summary = {"A": a.legend, "B": b.legend, "measure": MEASURE[stage].replace("_", " ") + unit}
-    chosen = [
-        k for k in a.points.index if k in b.points.index and (not rule.levels or k in rule.levels)
-    ]
-
-    def row(level: str, means: list[str], x: pd.Series, y: pd.Series | None, n: int) -> dict:
-        numbers = {"A - B": x["difference"], "s.e.": x["standard_error"]}
-        numbers |= {"paired s.e.": y["standard_error"] if y is not None else math.nan}
-        shown = {k: "" if math.isnan(v) else f"{scale * v:.2f}" for k, v in numbers.items()}
-        p = {"p": x["p"], "paired p": y["p"] if y is not None else math.nan}
-        shown |= {k: "" if math.isnan(v) else f"{v:.2g}" for k, v in p.items()}
-        keys = ("A - B", "s.e.", "p", "paired s.e.", "paired p")
-        head = {"level": level, "A": means[0], "B": means[1]}
-        return head | {k: shown[k] for k in keys} | {"pairs": str(n) if y is not None else ""}
-
-    found, d = welch(a.points.loc[chosen], b.points.loc[chosen]), shared_differences(a, b, chosen)
-    n, pairs, rows = d.shape[1], paired(d) if d.shape[1] > 1 else None, []
-    for k in chosen:
-        each = [c.points.loc[k] for c in (a, b)]
-        means = [mean_sd(scale * x["mean"], scale * x["sd"], 2) for x in each]
-        rows.append(row(str(k), means, found.loc[k], None if pairs is None else pairs.loc[k], n))
-    if len(sparse := [k for k in chosen if k]) > 1:
-        means = [f"{scale * c.points.loc[sparse, 'mean'].mean():.2f}" for c in (a, b)]
-        each = [c.by_replicate.reindex(sparse).dropna(axis=1).mean() for c in (a, b)]
-        d = shared_differences(a, b, sparse).mean().to_frame().T
-        y = paired(d).iloc[0] if d.shape[1] > 1 else None
-        mean = welch(*map(as_points, each)).iloc[0]
-        rows.append(row(f"mean of {ranges(sparse)}", means, mean, y, d.shape[1]))
-    return rows, summary
+    chosen = rule.levels or [*a.points.index]
+    levels = [k for k in a.points.index if k in b.points.index and k in chosen]
+    x, y = (c.points.loc[levels] for c in (a, b))
+    plain, d = welch(x, y), shared_differences(a, b, levels)
+    rows = {"level": [*map(str, levels)]}
+    for name, z in (("A", scale * x), ("B", scale * y)):
+        rows[name] = [mean_sd(*row, 2) for row in z[["mean", "sd"]].to_numpy()]
+    pairs = paired(d)
+    if len(sparse := [k for k in levels if k]) > 1:
+        rows["level"].append(f"mean of {ranges(sparse)}")
+        for name, z in (("A", x), ("B", y)):
+            rows[name].append(f"{scale * z.loc[sparse, 'mean'].mean():.2f}")
+        plain = pd.concat([plain, welch(*(replicate_means(c, sparse) for c in (a, b)))])
+        pairs = pd.concat([pairs, paired(d.loc[sparse].mean().to_frame().T)])
+    for prefix, found in (("", plain), ("paired ", pairs)):
+        numbers = {"A - B": scale * found["difference"], "s.e.": scale * found["standard_error"]}
+        for key, values in (numbers | {"p": found["p"]}).items():
+            if prefix + key != "paired A - B":
+                form = "{:.2g}" if key == "p" else "{:.2f}"
+                rows[prefix + key] = ["" if math.isnan(v) else form.format(v) for v in values]
+    rows["pairs"] = [str(d.shape[1]) * (d.shape[1] > 1)] * len(plain)
+    return pd.DataFrame(rows).to_dict("records"), summary
 
 
 def aligned(rows: list[dict[str, str]]) -> str:

@@ -276,7 +276,7 @@ def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_one(small):
     out, f = small
     [_, ax] = drawn(out, "fig2")["cifar10"]
     assert "Paul et al. 2022" in labels(ax)
-    caption = next(x for *_, x in figures.drawn("fig2", records.frame(out)))
+    caption = figures.draw("fig2", out)["cifar10-resnet20"].caption
     assert "Paul et al. 2022, balanced" in caption
     f.imp(subset="easy", size=6400, rewind=200)
     for size in (3200, 6400):
@@ -288,7 +288,7 @@ def test_balanced_easy_subsets_stand_beside_and_the_papers_behind_one(small):
     same = [x for x in rows if x["configuration"].startswith("easy 3200") and x["level"] == 5]
     assert [x["paper_is_of"] for x in same] == ["balanced", ""]
     assert same[0]["paper"] == same[1]["paper"] > 0.9
-    caption = next(x for *_, x in figures.drawn("fig2", records.frame(out)))
+    caption = figures.draw("fig2", out)["cifar10-resnet20"].caption
     assert "Paul et al. 2022, balanced" not in caption
 
 
@@ -321,7 +321,7 @@ def test_a_run_in_progress_counts_and_is_marked(small, capsys):
     [_, curve] = page.curves
     assert curve.points["n"].tolist() == [2] + 20 * [1]
     assert curve.legend == "easy 3200, step 200 (n=1-2)*"
-    [(_, _, caption)] = figures.drawn("fig2", records.frame(out))
+    [caption] = [x.caption for x in figures.draw("fig2", out).values()]
     assert "easy (n=1-2)*" in caption and "*: runs in progress" in caption
 
 
