@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from conftest import ROOT, digits, same, study_of
+from conftest import ROOT, digits, parse, same, study_of
 
 import common
 import engine
@@ -366,13 +366,29 @@ def test_verify_finds_another_accuracy_mask_or_data_set(measured):
     for key, off in (("test_accuracy", 1 / 360), ("weights_remaining", -1e-3)):
         numbers = state["numbers"] | {key: state["numbers"][key] + off}
         rewritten(file, lambda s, numbers=numbers: s.update(numbers=numbers))
-        with pytest.raises(UserError, match=r"^1 of 6 levels differ from what was recorded: "):
+        with pytest.raises(UserError, match=r"^1 of 6 levels .* differ from what was recorded \("):
             verify()
     rewritten(file, lambda s: s.update(numbers=state["numbers"]))
     assert len(verify()) == 6
-    file.write_bytes((folder / "rep1/level02.pt").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"--verify .*level02\.pt is damaged"):
+    file.with_name("level03.pt").write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"^1 of 7 levels .*level03\.pt: .*is level 2, renamed"):
         verify()
+    file.with_name("level03.pt").unlink()
+    file.write_bytes((folder / "rep1/level02.pt").read_bytes()[:-100])
+    (folder / "rep1/level01.pt").unlink()
+    with pytest.raises(UserError, match=r"^2 of 6 levels .*rep0/level02\.pt is damaged"):
+        verify()
+    result = runs.read_json(folder / "rep1/result.json")
+    result["levels"][0]["test_accuracy"] += 0.1
+    runs.write_json(folder / "rep1/result.json", result)
+    with pytest.raises(UserError, match=r"^3 of 6 levels"):
+        verify()
+    for path in folder.glob("rep*/[lr]e*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no level was saved there$"):
+        verify()
+    with pytest.raises(UserError, match="measures what is saved: leave out --levels"):
+        parse("imp", "--verify", folder, "--levels", 1)
     config = runs.read_json(folder / "rep0/config.json")
     config["settings"]["data"] = "0" * 16
     runs.write_json(folder / "rep0/config.json", config)
