@@ -149,7 +149,7 @@ WRITTEN = {  # stage -> words -> what the line says
         "--dataset text.txt": "--dataset text.txt: none of digits, .* no folder of images and no",
         "--dataset folder": "no images in train/CLASS/",
         "--dataset no-images": "no images in train/CLASS/",
-        "--data-dir text.txt --dataset cifar10": "cannot get cifar10 .*text.txt",
+        "--data-dir text.txt --dataset cifar10": "--data-dir text.txt: not a folder",
         "--out text.txt/x": "text.txt/x.*: Not a directory",
         # the network
         "--model model.py:small --depth 8": "--depth belongs to the ResNet: leave it out with --mo",
@@ -230,7 +230,7 @@ SHARED = {  # of every stage
     "--steps": "argument --steps: expected one argument",
     "--out text.txt": "text.txt.*: (File exists|Not a directory)",
 }
-BRINGS = {"--subset", "--scores", "--init", "--indices"}  # a subset of its own
+BRINGS = {"--verify", "--subset", "--scores", "--init", "--indices"}  # a subset of its own
 STAGES = ("el2n", "pretrain", "imp", "lmc", "warmup")
 TABLE = [(s, shlex.split(w), match) for s, rows in WRITTEN.items() for w, match in rows.items()]
 TABLE += [(s, shlex.split(words), match) for s in STAGES for words, match in SHARED.items()]
