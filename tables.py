@@ -566,6 +566,9 @@ def compare_two(
         summary = compare(a, b, page.curves, page.paper, rule)
     else:
         summary = {"A": a.legend, "B": b.legend, "measure": MEASURE[stage].replace("_", " ") + unit}
+    other = [c.rows["variant"].iloc[0].strip("-") for c in (a, b)]
+    if other[0] != other[1]:
+        summary |= {f"other_settings_of_{x}": value for x, value in zip("AB", other, strict=True)}
     chosen = [
         k for k in a.points.index if k in b.points.index and (not rule.levels or k in rule.levels)
     ]
@@ -587,8 +590,8 @@ def compare_two(
         means = [mean_sd(scale * x["mean"], scale * x["sd"], 2) for x in each]
         rows.append(row(str(k), means, found.loc[k], None if pairs is None else pairs.loc[k], n))
     if len(sparse := [k for k in chosen if k]) > 1:
-        means = [f"{scale * c.points.loc[sparse, 'mean'].mean():.2f}" for c in (a, b)]
         each = [c.by_replicate.reindex(sparse).dropna(axis=1).mean() for c in (a, b)]
+        means = [f"{scale * x.mean():.2f}" for x in each]  # of replicates with all these levels
         d = shared_differences(a, b, sparse).mean().to_frame().T
         y = paired(d).iloc[0] if d.shape[1] > 1 else None
         mean = welch(*map(as_points, each)).iloc[0]
