@@ -591,7 +591,7 @@ def examples(
     found = [m for out in outs for m in records.read_metrics(Path(out)) if m["metric"] == "el2n"]
     for m in (m for m in found if not m["label_noise"][0]):
         scores, name = records.load(m["folder"] / "scores.npy"), m["dataset"]
-        name = next((d for d in folders if Path(d).stem == name), name)
+        name = next((d for d in folders if options.data_name(d) == name), name)
         try:
             s = options.Settings.complete({"dataset": name, "data_dir": data_dir, "quiet": True})
             data = common.load_data(s, torch.device("cpu"))
@@ -759,7 +759,7 @@ def main(args: argparse.Namespace) -> Any:
             near = options.did_you_mean(name, FIGURES)
             raise runs.UserError(f"{name}: not one of {', '.join(FIGURES)}{near}")
     outs = args.out or [Path("results")]
-    only = {Path(d).stem for d in args.dataset or ()}
+    only = {options.data_name(d) for d in args.dataset or ()}
     table, rule = frame(outs, only), tables.Rule(args.levels, args.slack, args.error)
     if not len(table):
         found = f"{outs[0]} holds no runs" + f" of {', '.join(sorted(only))}" * bool(only)

@@ -131,7 +131,14 @@ def test_mistakes_are_one_line(project):
         ["--only", "fig7", "--dataset", "cifar10"],
         ["--out", "two\nlines"],
         ["--wave", "5"],
-        ["--slurm", "--rate", "0"],
+        ["--slurm"],
+        ["--rate", "0"],
+        ["--partition", "gpu"],
+        ["--gpus", "0-3"],
+        ["--out", ""],
+        ["--only="],
+        ["--quick", "--dataset", "cifar10"],
+        ["--preset", "cifar100"],
     ):
         done = project("--list", *wrong)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), wrong
