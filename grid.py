@@ -277,7 +277,7 @@ def parser_of(stage: str) -> Any:
 
 
 def plan(command: Command) -> Job:
-    """Imports the stage; reads no data."""
+    """Imports the stage."""
     stage = importlib.import_module(command.stage)
     from runs import UserError
 
@@ -288,6 +288,36 @@ def plan(command: Command) -> Job:
         raise GridError(f"{shlex.join([command.stage, *command.words])}: {e}") from e
     below = [Path(folder).relative_to(settings.out) for folder in folders]
     return Job(below, sum(steps), all(done), sum(networks), settings)
+
+
+@functools.cache
+def fingerprint_of(dataset: str, data_dir: Path, resize: int) -> str:
+    """Of a data set of one's own; reads it."""
+    import torch
+
+    import common
+    from options import Settings
+    from runs import UserError
+
+    given = {"dataset": dataset, "data_dir": data_dir, "resize": resize}
+    try:
+        return common.load_data(Settings.complete(given), torch.device("cpu")).fingerprint
+    except UserError as e:
+        raise GridError(str(e)) from e
+
+
+def is_done(job: Job, out: Path) -> bool:
+    """Whether runs are finished and, of data of one's own, were made from these. Of others a stage
+    that is started refuses the folder."""
+    s = job.settings
+    if not job.done or s.dataset in IMAGES:
+        return job.done
+    try:
+        configs = [json.loads((out / f / "config.json").read_text()) for f in job.folders]
+        known = {config["settings"]["data"] for config in configs}
+    except (OSError, ValueError, LookupError):
+        return False
+    return known == {fingerprint_of(s.dataset, s.data_dir, s.resize)}
 
 
 def print_plan(args: argparse.Namespace, commands: list[Command]) -> None:
@@ -302,7 +332,8 @@ def print_plan(args: argparse.Namespace, commands: list[Command]) -> None:
             text = shlex.join([c.stage, *c.words])
             raise GridError(f"not in a later wave than what makes its scores: {text}")
         line = shell(args, c.stage, c.words)
-        print(c.wave, "done" if job.done else "todo", job.folder, need, line, sep="\t")
+        state = "done" if is_done(job, Path(args.out)) else "todo"
+        print(c.wave, state, job.folder, need, line, sep="\t")
     if args.wave in (None, DRAW):
         print(DRAW, "todo", "figures", "-", drawing(args), sep="\t")
 

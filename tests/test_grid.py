@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import common
 import grid
+import imp
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ("cifar10", "cifar100", "cinic10")
@@ -275,6 +277,24 @@ def test_a_folder_of_images_takes_the_runs_of_a_preset(tmp_path):
     for own, name in ((other, "a"), (tmp_path / "own.npz", "own")):  # as in the folders of runs
         command, _ = expand(tmp_path, text, "--dataset", str(own), "--preset", "cifar100")
         assert f"/lmc/{name}-resnet32/all/" in command
+
+
+def test_runs_of_other_data_of_the_same_name_are_not_finished(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    text = "2 a imp digits --subset=all --steps=2 --rewind=1 --levels=0 --batch-size=20"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        labels = np.arange(40) % (2 if name == "a" else 4)
+        values = dict(zip(keys, (images, labels) * 2, strict=True))
+        np.savez(path := tmp_path / name / "own.npz", **values)
+        flags = ("--dataset", str(path), "--preset", "digits", "--out", str(tmp_path / "r"))
+        flags = (*flags, "--data-dir", str(tmp_path))
+        [line, _] = expand(tmp_path, text, "--plan", *flags)
+        assert "\ttodo\t" in line
+        if name == "a":
+            imp.main(imp.flags().parse_args([*shlex.split(line.split("\t")[-1])[2:], "--quiet"]))
+            assert "\tdone\t" in expand(tmp_path, text, "--plan", *flags)[0]
 
 
 def test_mistakes_in_a_grid_name_the_line(tmp_path):
