@@ -732,7 +732,7 @@ def flags() -> options.Parser:
     add("--dataset", action="append", help="only this data set, or folder of images; repeatable")
     add("--paper", choices=PUBLISHED, help="whose curves to draw behind runs on other data")
     about = "two runs, by name, end of path or pattern: differences, standard errors, p, verdict"
-    add("--compare", nargs=2, metavar=("A", "B"), help=about)
+    add("--compare", nargs=2, action="extend", metavar=("A", "B"), help=about)
     add("--levels", type=options.numbers, default=(), help="of verdicts, such as 3-12 [all but 0]")
     fraction = options.number(float, 0, 0.5, open_low=True)
     add("--error", type=fraction, default=0.05, help="family-wise error of verdicts [0.05]")
@@ -758,6 +758,8 @@ def main(args: argparse.Namespace) -> Any:
         if name not in FIGURES:
             near = options.did_you_mean(name, FIGURES)
             raise runs.UserError(f"{name}: not one of {', '.join(FIGURES)}{near}")
+    if args.compare and (args.figure or len(args.compare) > 2):
+        raise runs.UserError("--compare takes two names or patterns, once, and draws no figure")
     outs = args.out or [Path("results")]
     only = {options.data_name(d) for d in args.dataset or ()}
     table, rule = frame(outs, only), tables.Rule(args.levels, args.slack, args.error)

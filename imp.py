@@ -97,7 +97,9 @@ class Settings(options.Pretraining):
             options.refuse_subset(given, "init")
             values |= options.NO_SUBSET | {"rewind": given.get("rewind")}
         elif values["rewind"] == 0:
-            values |= options.NO_SUBSET  # nothing is trained on it
+            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
+                runs.warn(f"--rewind 0: no pre-training, for which {', '.join(names)} would be")
+            values |= options.NO_SUBSET
         options.check_rewind(values["rewind"] or 0, values["steps"])
         if values["mask"] and values["control"]:
             raise UserError("--control makes masks of its own: leave out --mask")

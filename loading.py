@@ -142,7 +142,7 @@ def load_arrays(
     if dataset == "cinic10":
         known = (CINIC10, resize) if resize else CINIC10
         return cached(folder, dataset, known, lambda: fetch_cinic10(folder, resize, quiet))
-    if path.is_dir():
+    if dataset and path.is_dir():
         try:
             files, remarks = list_images(path)
         except OSError as e:

@@ -675,6 +675,9 @@ def test_digits(tmp_path):
     assert len(a.test_labels) == 360 and a.classes == list("0123456789")
     np.savez(tmp_path / "digits.npz", images=images[::-1], labels=labels[::-1])  # one's own
     assert np.array_equal(load_digits(tmp_path)[0][0, ..., 0], images[-1])
+    np.savez(tmp_path / "digits.npz", images=images / 16, labels=labels)
+    with pytest.raises(UserError, match=r"digits\.npz: not images \(N, H, W\) uint8 and labels"):
+        load_digits(tmp_path)
     (tmp_path / "digits.npz").write_bytes((DATA / "digits.npz").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"digits\.npz is damaged"):
         load_digits(tmp_path)

@@ -189,3 +189,14 @@ def test_this_release_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "RELEASES", tmp_path / "releases.json")
     options.record_release()
     assert json.loads(options.RELEASES.read_text()) == {options.VERSION: recorded}
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("imp", ["--rewind", "0"]), ("lmc", ["--rewind", "0"]), ("warmup", ["--warmup", "0"])],
+)
+def test_a_subset_that_nothing_is_trained_on_is_said(stage, words, capsys):
+    parse(stage, *words, "--subset", "all")
+    assert capsys.readouterr().err == ""
+    assert parse(stage, *words, "--subset", "hard", "--label-noise", "0.5").subset == "all"
+    assert "for which --subset, --label-noise would be" in capsys.readouterr().err
