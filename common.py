@@ -112,6 +112,8 @@ def load_digits(folder: Path) -> tuple:
     path = folder / "digits.npz"
     path = path if path.exists() else options.HERE / "data/digits.npz"
     images, labels = runs.read_npz(path, "images", "labels").values()
+    if (images.dtype, images.ndim, labels.shape) != (np.uint8, 3, (max(len(images), 361),)):
+        raise UserError(f"{path}: not images (N, H, W) uint8 and labels (N,), N above 360")
     images, labels = images[..., None], labels.astype(np.int64)
     return images[:-360], labels[:-360], images[-360:], labels[-360:], [str(c) for c in range(10)]
 
@@ -414,8 +416,7 @@ def make_scores(
                     problem = f"network {k} diverged at step {step}"
                     raise UserError(f"{problem}: lower --lr ({s.lr:g})")
             about = {k: settings[k] for k in ("metric", "networks", "score_step")}
-            each = score(training, run).cpu().numpy()
-            save_scores(run.folder, each, labels, study, **about)
+            save_scores(run.folder, score(training, run).cpu().numpy(), labels, study, **about)
             run.finish({"scores": "scores.npy", "seconds": run.seconds, "ended": None})
             if not s.quiet:
                 runs.say(describe_scores(runs.read_json(path.with_suffix(".json"))))
@@ -703,9 +704,8 @@ def prepare(s: Settings, stage: str | Path, handed_in: HandedIn = options.NOTHIN
 
 def rank(study: Study) -> Study:
     """The study with the scores that its subset needs, made if they are missing."""
-    if not options.is_ranked(study.settings):
-        return study
-    return dataclasses.replace(study, scores=read_scores(study))
+    ranked = options.is_ranked(study.settings)
+    return dataclasses.replace(study, scores=read_scores(study)) if ranked else study
 
 
 def describe_data(data: Data) -> str:

@@ -95,6 +95,8 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> dict[str
     if not common.announce(study, making, str(study.folder("el2n", name_of(s)))):
         return None
     if s.metric == "el2n":
+        if (s.steps, s.milestones) != (s.usual.steps, s.usual.milestones):
+            runs.warn(f"EL2N scores are of step {s.score_step} (--score-step), whatever --steps")
         path = common.make_el2n(study, s.fresh)
     else:
         settings = study.describe("metric", "networks", "score_step", "label_noise")

@@ -570,7 +570,7 @@ def examples(
     found = [m for out in outs or table["out"].unique() for m in records.read_metrics(Path(out))]
     for m in (m for m in found if m["metric"] == "el2n" and not m["label_noise"][0]):
         scores, name = records.load(m["folder"] / "scores.npy"), m["dataset"]
-        name = next((d for d in folders if Path(d).stem == name), name)
+        name = next((d for d in folders if options.data_name(d) == name), name)
         try:
             s = options.Settings.complete({"dataset": name, "data_dir": data_dir, "quiet": True})
             data = common.load_data(s, torch.device("cpu"))
@@ -710,7 +710,7 @@ def flags() -> options.Parser:
     add("--dataset", action="append", help="only this data set, or folder of images; repeatable")
     add("--paper", choices=PUBLISHED, help="whose curves to draw behind runs on other data")
     about = "two runs, by name, end of path or pattern: differences, standard errors, p, verdict"
-    add("--compare", nargs=2, metavar=("A", "B"), help=about)
+    add("--compare", nargs=2, action="extend", metavar=("A", "B"), help=about)
     add("--levels", type=options.numbers, default=(), help="of verdicts, such as 3-12 [all but 0]")
     fraction = options.number(float, 0, 0.5, open_low=True)
     add("--error", type=fraction, default=0.05, help="family-wise error of verdicts [0.05]")
@@ -736,8 +736,10 @@ def main(args: argparse.Namespace) -> Any:
         if name not in FIGURES:
             near = options.did_you_mean(name, FIGURES)
             raise runs.UserError(f"{name}: not one of {', '.join(FIGURES)}{near}")
+    if args.compare and (args.figure or len(args.compare) > 2):
+        raise runs.UserError("--compare takes two names or patterns, once, and draws no figure")
     outs = args.out or [Path("results")]
-    only = {Path(d).stem for d in args.dataset or ()}
+    only = {options.data_name(d) for d in args.dataset or ()}
     table, rule = frame(outs, only), tables.Rule(args.levels, args.slack, args.error)
     if not len(table):
         found = f"{outs[0]} holds no runs" + f" of {', '.join(sorted(only))}" * bool(only)

@@ -77,8 +77,12 @@ def noise(command: Command) -> float:
 
 
 def read_flags(words: Iterable[str]) -> Flags:
-    parts = (word.partition("=") for word in words if word)
-    return {name: value if equal else None for name, equal, value in parts}
+    """ValueError for a word that is no flag, and for a flag that is given twice."""
+    parts = [word.partition("=") for word in words if word]
+    found = {name: value if equal else None for name, equal, value in parts}
+    if len(found) < len(parts) or not all(name.startswith("--") for name in found):
+        raise ValueError
+    return found
 
 
 def alternatives(word: str) -> list[str]:
@@ -92,7 +96,8 @@ def alternatives(word: str) -> list[str]:
 def read_grid(path: Path) -> list[tuple[str, Command]]:
     """(data set, command) line by line, the alternatives of a line expanded."""
     found: list[tuple[str, Command]] = []
-    additions: list[tuple[list[str], list[str], Flags]] = []
+    additions: list[tuple[list[str], list[str], Flags, int]] = []
+    applied = set()
     if not path.is_file():
         raise GridError(f"--grid {path}: no such file")
     try:
@@ -106,42 +111,57 @@ def read_grid(path: Path) -> list[tuple[str, Command]]:
                 continue
             if words[0] == "+":
                 _, stages, datasets, *flags = words
-                additions.append((stages.split("|"), datasets.split("|"), read_flags(flags)))
+                if not {*stages.split("|")} <= {*STAGES, "*"}:
+                    raise ValueError
+                given = stages.split("|"), datasets.split("|"), read_flags(flags), number
+                additions.append(given)
                 continue
             wave, figures, *rest = words
+            if int(wave) not in range(1, DRAW):
+                raise GridError(f"{path}, line {number}: wave {wave} is not 1, 2 or 3")
             for stage, dataset, *flags in itertools.product(*map(alternatives, rest)):
                 if stage not in STAGES:
                     raise ValueError
                 own = read_flags(flags)
                 added: Flags = {}
-                for stages, datasets, more in additions:
+                for stages, datasets, more, its_number in additions:
                     if {stage, "*"} & {*stages} and {dataset, "*"} & {*datasets}:
                         added |= more
+                        applied.add(its_number)
+                if taken := sorted({"--out", "--data-dir"} & {*own, *added}):
+                    problem = f"{taken[0]} is a flag of run_all.sh"
+                    raise GridError(f"{path}, line {number}: {problem}, for all runs")
                 added = {name: value for name, value in added.items() if name not in own}
                 command = {"--dataset": dataset} | own | added
                 found.append((dataset, Command(int(wave), {*figures.split(",")}, stage, command)))
         except ValueError as e:
             form = "`wave figures stage data-set flags` or `+ stages data-sets flags`"
-            raise GridError(f"{path}, line {number}: not {form}") from e
+            raise GridError(f"{path}, line {number}: not {form}, a flag as --name=value") from e
+    if unused := [number for *_, number in additions if number not in applied]:
+        raise GridError(f"{path}, line {unused[0]}: adds to no command below it")
     return found
 
 
 def of_folder(command: Command, folder: str, preset: str) -> Command:
-    """A command about the data set `preset`, with a folder of images instead."""
+    """A command about the data set `preset`, with a folder of images or an .npz instead."""
     flags = {"--dataset": folder, "--preset": preset} | command.flags | {"--dataset": folder}
     if scores := flags.get("--scores"):
-        flags["--scores"] = scores.replace(f"/{preset}-", f"/{Path(folder).resolve().name}-")
+        flags["--scores"] = scores.replace(f"/{preset}-", f"/{Path(folder).resolve().stem}-")
     return dataclasses.replace(command, flags=flags)
 
 
 def choose_data(
-    grid: list[tuple[str, Command]], datasets: Iterable[str], preset: str
+    grid: list[tuple[str, Command]], datasets: Iterable[str], preset: str | None
 ) -> Iterator[Command]:
     known = {dataset for dataset, _ in grid}
+    if preset and known >= {*datasets}:
+        raise GridError("--preset goes with --dataset and a folder of images or an .npz")
+    preset = preset or "cifar10"
     names = ", ".join([*filter(known.__contains__, IMAGES), *sorted(known - {*IMAGES, "quick"})])
     for dataset in datasets:
-        if dataset not in known and not Path(dataset).is_dir():
-            raise GridError(f"--dataset {dataset}: neither {names} nor a folder")
+        own, npz = Path(dataset), dataset.lower().endswith(".npz")
+        if dataset not in known and not (own.is_dir() or (npz and own.is_file())):
+            raise GridError(f"--dataset {dataset}: neither {names} nor a folder or an .npz")
         if dataset not in known and preset not in known:
             raise GridError(f"--preset {preset}: not one of {names}")
         for of, command in grid:
@@ -174,21 +194,27 @@ def choose_figures(commands: list[Command], only: list[str], where: str) -> list
 def spread(command: Command) -> Iterator[Command]:
     """A command for each replicate; LMC scores are a mean over replicates, which stay together."""
     flags = command.flags
-    first, dash, last = (flags.get("--replicate") or "").partition("-")
-    if not dash or (command.stage == "lmc" and flags.get("--subset") == "all"):
+    parts = re.findall(r"(?:^|,)(\d+)(?:-(\d+))?(?=,|$)", flags.get("--replicate") or "")
+    numbers = [k for first, last in parts for k in range(int(first), int(last or first) + 1)]
+    together = command.stage == "lmc" and flags.get("--subset") == "all"
+    if len(numbers) < 2 or together:  # the stage refuses what is no list
         yield command
         return
-    for k in range(int(first), int(last) + 1):
+    for k in numbers:
         yield dataclasses.replace(command, flags=flags | {"--replicate": str(k)})
 
 
 def commands_of(args: argparse.Namespace) -> list[Command]:
     grid = read_grid(args.grid)
+    if args.quick and (args.dataset or args.preset):
+        raise GridError("--quick is of the digits: leave out --dataset and --preset")
     datasets = ["quick"] if args.quick else args.dataset
     if not datasets:
         own = args.grid.resolve() != HERE / "grid.txt"
         datasets = list(dict.fromkeys(d for d, _ in grid)) if own else PAPER
     commands = merge(choose_data(grid, datasets, args.preset))
+    if not commands:
+        raise GridError(f"--grid {args.grid}: holds no run")
     if args.only:
         where = f" of {' '.join(args.dataset)}" if args.dataset else ""
         commands = choose_figures(commands, args.only.split(","), where)
@@ -210,7 +236,7 @@ def shell(args: argparse.Namespace, script: str, words: Iterable[str]) -> str:
 
 def drawing(args: argparse.Namespace) -> str:
     """The command that draws the figures."""
-    names = ["digits"] if args.quick else [Path(d).name for d in args.dataset]
+    names = ["digits"] if args.quick else args.dataset
     words = [*filter(None, args.only.split(",")), *(f"--dataset={name}" for name in names)]
     return shell(args, "figures", [*words, f"--out={args.out}"])
 
@@ -251,7 +277,7 @@ def parser_of(stage: str) -> Any:
 
 
 def plan(command: Command) -> Job:
-    """Imports the stage; reads no data."""
+    """Imports the stage."""
     stage = importlib.import_module(command.stage)
     from runs import UserError
 
@@ -262,6 +288,36 @@ def plan(command: Command) -> Job:
         raise GridError(f"{shlex.join([command.stage, *command.words])}: {e}") from e
     below = [Path(folder).relative_to(settings.out) for folder in folders]
     return Job(below, sum(steps), all(done), sum(networks), settings)
+
+
+@functools.cache
+def fingerprint_of(dataset: str, data_dir: Path, resize: int) -> str:
+    """Of a data set of one's own; reads it."""
+    import torch
+
+    import common
+    from options import Settings
+    from runs import UserError
+
+    given = {"dataset": dataset, "data_dir": data_dir, "resize": resize}
+    try:
+        return common.load_data(Settings.complete(given), torch.device("cpu")).fingerprint
+    except UserError as e:
+        raise GridError(str(e)) from e
+
+
+def is_done(job: Job, out: Path) -> bool:
+    """Whether runs are finished and, of data of one's own, were made from these. Of others a stage
+    that is started refuses the folder."""
+    s = job.settings
+    if not job.done or s.dataset in IMAGES:
+        return job.done
+    try:
+        configs = [json.loads((out / f / "config.json").read_text()) for f in job.folders]
+        known = {config["settings"]["data"] for config in configs}
+    except (OSError, ValueError, LookupError):
+        return False
+    return known == {fingerprint_of(s.dataset, s.data_dir, s.resize)}
 
 
 def print_plan(args: argparse.Namespace, commands: list[Command]) -> None:
@@ -276,7 +332,8 @@ def print_plan(args: argparse.Namespace, commands: list[Command]) -> None:
             text = shlex.join([c.stage, *c.words])
             raise GridError(f"not in a later wave than what makes its scores: {text}")
         line = shell(args, c.stage, c.words)
-        print(c.wave, "done" if job.done else "todo", job.folder, need, line, sep="\t")
+        state = "done" if is_done(job, Path(args.out)) else "todo"
+        print(c.wave, state, job.folder, need, line, sep="\t")
     if args.wave in (None, DRAW):
         print(DRAW, "todo", "figures", "-", drawing(args), sep="\t")
 
@@ -372,7 +429,7 @@ def flags() -> Parser:
     add("--grid", type=Path, default=HERE / "grid.txt")
     add("--only", default="")
     add("--dataset", action="append", default=[])
-    add("--preset", default="cifar10")
+    add("--preset")
     add("--quick", action="store_true")
     add("--spread", action="store_true")
     add("--wave", type=int, choices=range(1, DRAW + 1))

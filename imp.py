@@ -44,6 +44,7 @@ from engine import Networks
 from runs import Run, UserError
 
 CONTROLS = ("reinit", "shuffle", "one-shot")
+MEASURING = ("verify", "batch_size", "precision", "device", "engine", "fast", "out", "quiet")
 REINIT = 1 << 17  # the other initialisation of replicate k is that of replicate REINIT + k
 
 
@@ -81,6 +82,11 @@ class Settings(options.Pretraining):
     @classmethod
     def complete(cls, given: dict[str, Any]) -> "Settings":
         if given.get("verify"):
+            for field in dataclasses.fields(cls):
+                used = {field.name, field.metadata.get("group")} & {*MEASURING, "data and model"}
+                if field.name in given and not used:
+                    shown = field.name.replace("_", "-")
+                    raise UserError(f"--verify measures what is saved: leave out --{shown}")
             given = settings_of_run(given["verify"]) | given
         return super().complete(given)
 
@@ -91,7 +97,9 @@ class Settings(options.Pretraining):
             options.refuse_subset(given, "init")
             values |= options.NO_SUBSET | {"rewind": given.get("rewind")}
         elif values["rewind"] == 0:
-            values |= options.NO_SUBSET  # nothing is trained on it
+            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
+                runs.warn(f"--rewind 0: no pre-training, for which {', '.join(names)} would be")
+            values |= options.NO_SUBSET
         options.check_rewind(values["rewind"] or 0, values["steps"])
         if values["mask"] and values["control"]:
             raise UserError("--control makes masks of its own: leave out --mask")
@@ -363,43 +371,76 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
     keys = ("depth", "width", "batch_size", "steps", "rewind", "precision", "seed")
     known = {k: settings[k] for k in keys if settings.get(k) is not None}
     named = settings["dataset"] in options.PRESETS
+    known |= {"subset": "all"}  # nothing is trained on it
     return known | ({"dataset": settings["dataset"]} if named else {})
 
 
 def verify(study: Study) -> list[dict]:
     """Measures the saved levels of finished runs again; returns, for each, recorded and measured
-    accuracies. UserError where one differs by more than an example in a thousand, or is missing."""
+    accuracies. UserError, after all were measured, where one is missing or damaged, or differs by
+    more than an example in a thousand."""
     folder, rows, wrong = study.settings.verify, [], []
     for config in sorted([*folder.glob("config.json"), *folder.glob("rep*/config.json")]):
         settings = runs.read_json(config, "settings")["settings"]
         if settings["data"] != study.data.fingerprint:
             raise UserError(f"{config.parent} was made from other data than {study.data.name}")
-        networks, result = study.networks(1), config.with_name("result.json")
-        levels = runs.read_json(result).get("levels", []) if result.exists() else []
-        named = {config.with_name(level_file(x["level"])): x for x in levels}
-        for path in sorted({*config.parent.glob("level*.pt"), *named}):
-            network = common.optional("inputs").network_of(study, path, f"--verify {path}")
-            networks.load(0, network.state, network.masks)
-            recorded = named.get(path, network.about["numbers"])
-            known = (recorded, network.about["numbers"])
-            accuracy = engine.accuracy_and_loss(networks, study.data)[0][0]
-            left = networks.mask[0].double().mean().item()
-            row = {"file": str(path), "recorded": recorded["test_accuracy"], "measured": accuracy}
-            same = all(abs(accuracy - x["test_accuracy"]) <= 1e-3 + 1e-9 for x in known)
-            if not same or any(left != x["weights_remaining"] for x in known):
-                wrong.append(path)
-            rows.append(row | {"weights_remaining": left})
+        try:
+            result = read_levels(config.parent)
+        except UserError as e:
+            result, wrong = [], [*wrong, str(e)]
+        names = {path.name for path in config.parent.glob("level*.pt")}
+        for name in sorted(names | {level_file(k) for k in range(len(result))}):
+            path = config.parent / name
+            try:
+                row, problem = measure(study, path, result)
+                line = f"{path}: {describe_measured(row)}{problem}"
+            except UserError as e:
+                row, problem = {"file": str(path)}, str(e)
+                line = problem
+            rows.append(row)
+            wrong += [line] * bool(problem)
             if not study.settings.quiet:
-                shown = f"recorded {row['recorded']:.4f}, measured {accuracy:.4f}"
-                runs.say(f"{path}: {left:.2%} of weights, {shown}" + ", DIFFERS" * (path in wrong))
+                runs.say(line)
     if not rows:
-        raise UserError(f"--verify {folder}: no levelNN.pt there or in rep<k> below it")
+        raise UserError(f"--verify {folder}: no level was saved there")
     if wrong:
         remedy = "to make one again, remove it and result.json and repeat the run's command"
-        raise UserError(
-            f"{len(wrong)} of {len(rows)} levels differ from what was recorded: {remedy}"
-        )
+        problem = "are missing or damaged, or differ from what was recorded"
+        raise UserError(f"{len(wrong)} of {len(rows)} levels {problem} ({wrong[0]}): {remedy}")
     return rows
+
+
+def read_levels(folder: Path) -> list[dict]:
+    """The numbers of each level in result.json; none of a run in progress."""
+    path = folder / "result.json"
+    return runs.read_json(path, "levels")["levels"] if path.exists() else []
+
+
+def measure(study: Study, path: Path, result: list[dict]) -> tuple[dict[str, Any], str]:
+    """Recorded and measured accuracy of a levelNN.pt, and in what it differs from its own record,
+    from its name or from the levels of result.json; UserError where it cannot be read."""
+    networks = study.networks(1)
+    network = common.optional("inputs").network_of(study, path, str(path))
+    networks.load(0, network.state, network.masks)
+    recorded = network.about["numbers"]
+    accuracy = engine.accuracy_and_loss(networks, study.data)[0][0]
+    left = networks.mask[0].double().mean().item()
+    row = {"file": str(path), "recorded": recorded["test_accuracy"], "measured": accuracy}
+    row |= {"weights_remaining": left}
+    same = abs(accuracy - recorded["test_accuracy"]) <= 1e-3 + 1e-9
+    problem = "" if same and left == recorded["weights_remaining"] else ", DIFFERS"
+    if path.name != level_file(recorded["level"]):
+        problem = f", is level {recorded['level']}, renamed"
+    elif recorded["level"] < len(result):
+        told = result[recorded["level"]]
+        if any(told.get(k) != v for k, v in recorded.items()):
+            problem = f", result.json has {told['test_accuracy']:.4f}, DIFFERS"
+    return row, problem
+
+
+def describe_measured(row: dict[str, Any]) -> str:
+    shown = f"recorded {row['recorded']:.4f}, measured {row['measured']:.4f}"
+    return f"{row['weights_remaining']:.2%} of weights, {shown}"
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Settings(options.Pretraining):
         (),
         options.path,
         nargs="+",
+        action="extend",
     )
 
     @classmethod
@@ -90,6 +91,19 @@ class Settings(options.Pretraining):
             raise UserError("--between takes two files or more")
         if values["alphas"] % 2 == 0:
             raise UserError(f"--alphas {values['alphas']}: an odd number has 1/2 among the values")
+        unused = (
+            "parent",
+            "children",
+            "rewind",
+            "replicate",
+            "pretrain_lr",
+            "networks",
+            "score_step",
+        )
+        for flag in unused if values["between"] else ():
+            if flag in given:
+                shown = flag.replace("_", "-")
+                raise UserError(f"--between measures saved networks: leave out --{shown}")
         for flag in ("parent", "between"):
             if values[flag]:
                 options.refuse_subset(given, flag)
@@ -99,7 +113,9 @@ class Settings(options.Pretraining):
             if len(values["rewind"]) > 1:
                 raise UserError("--parent is one spawn point: give one --rewind, or none")
         if values["parent"] or values["between"] or values["rewind"] == (0,):
-            values |= options.NO_SUBSET  # no subset is trained on
+            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
+                runs.warn(f"--rewind 0: no pre-training, for which {', '.join(names)} would be")
+            values |= options.NO_SUBSET
         for t in values["rewind"]:
             options.check_rewind(t, values["steps"])
 

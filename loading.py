@@ -8,6 +8,7 @@ import hashlib
 import operator
 import os
 import shutil
+import stat
 import sys
 import tarfile
 from collections import Counter
@@ -87,7 +88,7 @@ def peek_size(dataset: str) -> tuple[int, int] | None:
         for folder in (f for split, f in split_folders(root) if split == "train"):
             for file in files_below(folder.path):
                 inside = os.path.dirname(file.path) != folder.path
-                if inside and suffix_of(file.name) in image_suffixes():
+                if inside and suffix_of(file.name) in image_suffixes() and file.is_file():
                     with Image.open(file.path) as image:
                         return image.height, image.width
     except Exception:  # whatever is wrong with it is named when it is loaded
@@ -118,7 +119,7 @@ CINIC10 = {
     "md5": "6ee4d0c996905fe93221de577967a372",
 }
 NAMES = ("digits", *CIFAR, "cinic10")
-FOLDER_RULES = 3  # increased whenever the same files decode to other arrays
+FOLDER_RULES = 4  # increased whenever the same files decode to other arrays
 
 
 def load_arrays(
@@ -133,13 +134,15 @@ def load_arrays(
     something is missing, unreadable or ambiguous, by name.
     """
     path = Path(dataset).expanduser()
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--data-dir {printable(folder)}: not a folder")
     if dataset in CIFAR:
         make = functools.partial(fetch_cifar, dataset, folder, resize)
         return cached(folder, dataset, (CIFAR[dataset][2], resize), make)
     if dataset == "cinic10":
         known = (CINIC10, resize) if resize else CINIC10
         return cached(folder, dataset, known, lambda: fetch_cinic10(folder, resize, quiet))
-    if path.is_dir():
+    if dataset and path.is_dir():
         try:
             files, remarks = list_images(path)
         except OSError as e:
@@ -148,17 +151,33 @@ def load_arrays(
         for remark in remarks:
             warn(f"{printable(path)}: {remark}")
         inside = [(*f[:2], f[2].removeprefix(str(path)), *f[3:]) for f in files]
-        known = (FOLDER_RULES, resize, inside)
-        return cached(folder, path.resolve().name, known, lambda: decode(files, resize, quiet))
+        known = (FOLDER_RULES, resize, inside, sample_of(files))
+
+        def make() -> tuple[Arrays, list[str]]:
+            arrays, remarks = decode(files, resize, quiet)
+            return arrays, remarks + shared_images(arrays)
+
+        return cached(folder, path.resolve().name, known, make)
     if path.is_file() and path.suffix.lower() == ".npz":
         values = runs.read_npz(path)
         if unused := [k for k in values if k not in Arrays._fields]:
             warn(f"{printable(path)}: {', '.join(unused)} not used")
-        return resized(as_arrays(values, printable(path)), resize)
+        arrays = as_arrays(values, printable(path))
+        for remark in shared_images(arrays):
+            warn(f"{printable(path)}: {remark}")
+        return resized(arrays, resize)
     close = difflib.get_close_matches(dataset.lower().replace("-", ""), NAMES, 1, 0.8)
     hint = f" (did you mean {close[0]}?)" if close and not path.exists() else ""
     known = f"none of {', '.join(NAMES)}, no folder of images and no .npz file"
     raise UserError(f"--dataset {printable(dataset)}: {known}{hint}")
+
+
+def shared_images(arrays: Arrays) -> list[str]:
+    """What has to be said of test images that are training images as well."""
+    known = {hash(image.tobytes()) for image in arrays.train_images}
+    shared = sum(hash(image.tobytes()) in known for image in arrays.test_images)
+    said = f"{shared:,} of {len(arrays.test_images):,} test images are also training images"
+    return [f"{said}, pixel by pixel"] * bool(shared)
 
 
 def printable(text: Any) -> str:
@@ -195,7 +214,12 @@ def as_arrays(data: Any, source: str = "data") -> Arrays:
             raise UserError(f"{source}: train and test have different classes ({', '.join(odd)})")
     else:
         raise UserError(f"{source}: {type(data).__name__} is not {ACCEPTED}")
-    images = [check_images(values[k], f"{source}: {KEYS[k]}") for k in (0, 2)]
+    images = [to_numpy(values[k], f"{source}: {KEYS[k]}") for k in (0, 2)]
+    whole = [i for i in images if i.dtype.kind in "iu" and i.size]
+    if len(whole) == 1 and whole[0].max() <= 1 and {i.dtype.kind for i in images} > {"f"}:
+        kinds = " and ".join(str(i.dtype) for i in images)
+        raise UserError(f"{source}: training and test images are {kinds}, 0 to 1: give one dtype")
+    images = [check_images(i, f"{source}: {KEYS[k]}") for i, k in zip(images, (0, 2), strict=True)]
     labels = [check_labels(values[k], f"{source}: {KEYS[k]}") for k in (1, 3)]
     for name, i, y in zip(("train", "test"), images, labels, strict=True):
         if len(i) != len(y) or not len(i):
@@ -205,7 +229,11 @@ def as_arrays(data: Any, source: str = "data") -> Arrays:
         raise UserError(f"{source}: training and test images differ in shape ({shapes})")
     used = set(np.unique(labels[0]).tolist())
     count = min(max(used), len(labels[0])) + 1  # with more labels than images one is unused
+    if classes is not None and np.ndim(classes) != 1:
+        raise UserError(f"{source}: classes has shape {np.shape(classes)}, not a name for each")
     names = [printable(c) for c in (range(count) if classes is None else classes)]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{source}: two classes are named {twice[0]}")
     if unused := set(range(len(names))) - used:
         name = f" ({names[min(unused)]})" if classes is not None else ""
         raise UserError(f"{source}: no training image has label {min(unused)}{name}")
@@ -213,7 +241,13 @@ def as_arrays(data: Any, source: str = "data") -> Arrays:
         raise UserError(f"{source}: label {min(extra)}, but only {len(names)} classes")
     if unknown := set(np.unique(labels[1]).tolist()) - used:
         raise UserError(f"{source}: test label {min(unknown)} is no label of a training image")
+    check_classes(source, names)
     return Arrays(images[0], labels[0], images[1], labels[1], names)
+
+
+def check_classes(source: str, names: list[str]) -> None:
+    if len(names) < 2:
+        raise UserError(f"{source}: all images are of one class ({names[0]})")
 
 
 def to_numpy(value: Any, name: str) -> np.ndarray:
@@ -246,7 +280,8 @@ def check_images(value: Any, name: str) -> np.ndarray:
     shape = images.shape
     if images.ndim not in (3, 4) or 0 in shape[1:]:
         raise UserError(f"{name} has shape {shape}, not (N, H, W) or (N, H, W, C)")
-    if images.ndim == 4 and shape[1] in (1, 3) and shape[3] > 4:
+    few = images.ndim == 4 and (shape[1] < min(5, shape[2]) or shape[1] != shape[2] == shape[3])
+    if few and shape[3] > 4:
         raise UserError(f"{name} has shape {shape}, channels first: transpose it to (N, H, W, C)")
     if images.dtype.kind not in "iuf":
         raise UserError(f"{name} has dtype {images.dtype}: convert them to uint8, 0 to 255")
@@ -436,6 +471,9 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
     """
     where, splits = f"--dataset {printable(root)}", split_folders(root)
     files, ignored, loose, empty = [], Counter(), 0, []
+    for split in ("train", "test"):
+        if len(named := [folder.name for s, folder in splits if s == split]) > 1:
+            raise UserError(f"{where}: {' and '.join(named)} are both {split}: rename one")
     for split, folder in splits:
         filled = set()
         for f in files_below(folder.path):
@@ -446,6 +484,9 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
                 loose += 1
             else:
                 s = f.stat()
+                if not stat.S_ISREG(s.st_mode):  # a pipe would wait for its writer
+                    ignored["not a regular file"] += 1
+                    continue
                 files.append((split, name, f.path, s.st_size, s.st_mtime_ns))
                 filled.add(name)
         unfilled = (e.name for e in entries(folder) if e.is_dir() and e.name not in filled)
@@ -460,6 +501,7 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
                 hint += f"; {valid} joins the training images: to test on it, rename it to test"
             message = f"{where}: no images in {split}/CLASS/ (found {found}{hint})"
             raise UserError(printable(message))
+    check_classes(where, sorted({printable(f[1]) for f in files}))
     trained, tested = ({f[1] for f in files if (f[0] == "test") == t} for t in (False, True))
     if missing := sorted(tested - trained):
         names = printable(", ".join(missing[:3]))
@@ -478,6 +520,17 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
         remarks.append(f"files that are no images by their extension ignored ({kinds})")
     files.sort(key=lambda f: (f[0] == "test", f[1], f[0], f[2]))
     return files, [printable(r) for r in remarks]
+
+
+def sample_of(files: list[tuple], most: int = 256) -> str:
+    """A hash of what is in at most `most` of the files, evenly spaced: archives unpack with equal
+    times, and images without compression have equal sizes, so these alone do not tell two folders
+    of one name apart."""
+    digest = hashlib.sha256()
+    for file in files[:: -(-len(files) // most)]:
+        with contextlib.suppress(OSError):  # decoding names it
+            digest.update(Path(file[2]).read_bytes())
+    return digest.hexdigest()
 
 
 def decode(files: list[tuple], resize: int | None, quiet: bool) -> tuple[Arrays, list[str]]:
@@ -536,6 +589,8 @@ def pixels_of(image: Any) -> tuple[np.ndarray, dict[str, int]]:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
         remarks |= {"transparent": 1} if alpha.min() < 255 else {}
     pixels = np.asarray(image.convert("L" if mode in ("1", "L", "LA") else "RGB"))
+    with contextlib.suppress(Exception):  # whatever is wrong with EXIF, the pixels are read
+        remarks |= {"turned": 1} if image.getexif().get(0x0112, 1) != 1 else {}
     if mode in ("P", "PA") and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]  # a palette of grays
     return pixels, remarks
@@ -544,6 +599,7 @@ def pixels_of(image: Any) -> tuple[np.ndarray, dict[str, int]]:
 REMARKS = {
     "deep": "16-bit images reduced to their high 8 bits (value >> 8)",
     "transparent": "images with transparency, which is left out, as by torchvision's ImageFolder",
+    "turned": "images with an orientation in EXIF, which is left out, as by ImageFolder",
     "frames": "images of several frames, of which the first is taken",
 }
 

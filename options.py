@@ -98,8 +98,8 @@ def numbers(text: str) -> tuple[int, ...]:
     values = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
             if not 0 < len(span) <= 1000:
                 raise ValueError
             values += span
@@ -112,11 +112,9 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def path(text: str) -> Path:
     """An argparse type: a path, in which ~ is the home directory, also after `=`."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
     return Path(text).expanduser()
-
-
-def yes_no(text: str) -> bool:
-    return {"yes": True, "no": False}[text]
 
 
 class FromPreset:
@@ -349,12 +347,16 @@ NO_SUBSET = {"subset": "all", "size": None, "offset": 0, "balance": False, "labe
 NO_SUBSET |= {"scores": None, "indices": None}
 
 
+def subset_flags(given: dict[str, Any]) -> list[str]:
+    """The flags given that say what to pre-train on, and how."""
+    names = (k for k in (*NO_SUBSET, "pretrain_lr", "networks", "score_step") if given.get(k))
+    return [f"--{k.replace('_', '-')}" for k in names]
+
+
 def refuse_subset(given: dict[str, Any], flag: str) -> None:
     """UserError where a flag brings its own w_tr, and a subset to pre-train on is given too."""
-    for name in ("subset", "size", "offset", "balance", "indices", "scores", "label_noise"):
-        if given.get(name):
-            shown = name.replace("_", "-")
-            raise UserError(f"--{flag} brings its own pre-training: leave out --{shown}")
+    if names := subset_flags(given):
+        raise UserError(f"--{flag} brings its own pre-training: leave out {names[0]}")
 
 
 def check_rewind(rewind: int, steps: int) -> None:
@@ -364,8 +366,6 @@ def check_rewind(rewind: int, steps: int) -> None:
 
 def scaled_milestones(usual: Preset, steps: int) -> tuple[int, ...]:
     """The preset's milestones at their share of `steps`."""
-    if steps == usual.steps:
-        return usual.milestones
     return tuple(sorted({round(m * steps / usual.steps) for m in usual.milestones}))
 
 

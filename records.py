@@ -6,6 +6,7 @@ for page in records.pages(table, "imp"):  the runs of a model, as curves with me
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -30,6 +31,7 @@ IDENTITY |= {"replicate", "track", "every", "easy_size", "easy_balance", "warmup
 IDENTITY |= {"control", "init", "parent", "mask", "name", "model"}
 OPTIONAL = {"data": None, "pretrain_lr": None, "size": 0, "offset": 0, "rewind": 0, "warmup": 0}
 OPTIONAL |= {"easy_size": 0, "balance": False, "easy_balance": False, "control": ""}
+OWN = {"replicate", "init", "parent"}  # settings that replicates of one configuration may differ in
 
 # ---- reading -------------------------------------------------------------------------------------
 
@@ -55,7 +57,8 @@ def frame(
     for each level of an imp run, one row for a run of another stage. `name` is the folder of a
     configuration, `folder` that of the run, `done` is False for a run in progress; accuracies and
     `weights_remaining` are fractions. Damaged and foreign files are named on stderr and left out,
-    as are copies of runs, barriers between any two networks, and runs that diverged."""
+    as are copies of runs, barriers between any two networks, runs that diverged, and replicates of
+    other settings, data or models than the others of their folder."""
     tops = [Path(top) for top in ([out] if isinstance(out, str | Path) else out)]
     for top in tops:
         if not top.is_dir():
@@ -79,12 +82,43 @@ def frame(
             skipped(f"{folder} is a copy of {original}")
         elif not datasets or found[0]["dataset"] in datasets:
             rows += found
+    odd = dict(unlike_others(rows))
+    for folder, why in odd.items():
+        skipped(f"{folder} is unlike the other replicates ({why})")
+    rows = [row for row in rows if row["folder"] not in odd]
     table = pd.DataFrame(rows, columns=[*COLUMNS, "settings"])
     table[VALUES] = table[VALUES].apply(pd.to_numeric)
     table["variant"] = ""
     for _, same in table.groupby(["stage", "model"]):
         table.loc[same.index, "variant"] = variants(same["settings"])
     return table.drop(columns="settings")
+
+
+def unlike_others(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
+    """Of each configuration the run folders whose settings are not those of most replicates, and
+    what differs. A line on stderr names replicates of different code."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("out", "stage", "model", "name"))
+        groups.setdefault(key, {})[row["folder"]] = row
+    for group in groups.values():
+        shared = set.intersection(*({*row["settings"]} for row in group.values())) - OWN
+        kept = {f: {k: str(row["settings"][k]) for k in shared} for f, row in group.items()}
+        usual = dict(Counter(tuple(x.items()) for x in kept.values()).most_common(1)[0][0])
+        odd = {f: runs.differences(usual, x) for f, x in kept.items() if x != usual}
+        yield from odd.items()
+        codes = [row["code"] for f, row in group.items() if f not in odd]
+        if roles := edited(codes):
+            folder = Path(next(iter(group))).parent
+            runs.warn(f"{folder}: replicates were made by different code ({', '.join(roles)})")
+
+
+def edited(codes: list[dict[str, str | None]]) -> list[str]:
+    """The files in which runs differ by more than a release, of hashes by role."""
+    found = {
+        role: {code.get(role) for code in codes} - {None} for role in {*itertools.chain(*codes)}
+    }
+    return sorted(k for k, x in found.items() if len(x) > 1 and x - options.released())
 
 
 def variants(settings: pd.Series) -> list[str]:
@@ -107,7 +141,14 @@ def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
     if folder.name != f"rep{s['replicate']}":
         raise runs.UserError(f"{folder} holds replicate {s['replicate']}")
     row = {"out": str(out), "stage": stage, "model": folder.parts[-3], "name": folder.parent.name}
-    row |= {"folder": str(folder), "run": about["run"], "done": done, "settings": s}
+    made_from = about.get("made_from", {})  # format 2 has none
+    model = made_from.get("model", {})
+    identity = s | ({"structure": model["structure"]} if "structure" in model else {})
+    if stage == "lmc":  # how barriers were measured
+        identity |= {k: result[k] for k in ("alphas", "batchnorm") if k in result}
+    code = made_from.get("code", {}) | {"model": model.get("code")}
+    row |= {"folder": str(folder), "run": about["run"], "done": done}
+    row |= {"settings": identity, "code": code}
     row |= {k: s[k] for k in ("dataset", "subset", "replicate", "steps", "batch_size")}
     row |= {"noise": s["label_noise"], "metric": metric_of(s, folder.parent.name, metrics)}
     row |= {k: s.get(k) or usual for k, usual in OPTIONAL.items()}

@@ -15,8 +15,8 @@
 # runs that need its scores. The runs are those of grid.txt.
 #
 #   --only FIG       a figure (fig2 ... fig13, prelr), or several: fig2,fig5
-#   --dataset D      digits, cifar10, cifar100, cinic10, or a folder of images (with --preset)
-#   --preset P       whose runs and settings a folder gets [cifar10]
+#   --dataset D      digits, cifar10, cifar100, cinic10; or a folder of images, an .npz
+#   --preset P       whose runs and settings a folder or an .npz gets [cifar10]
 #   --out DIR        of results [results]       --data-dir DIR   of data [data]
 #   --device NAME    for every stage            --wave N         only this wave
 #   --spread         a command for each replicate, so that they can run on different GPUs
@@ -235,24 +235,30 @@ run_task() { # FILE: this element of a job array, on its node
 
 # ---- command line --------------------------------------------------------------------------------
 
-out=results mode=run jobs='' gpus=() sbatch=() ask=() quick=''
+out=results mode='' jobs='' gpus=() sbatch=() ask=() quick=''
 while (($#)); do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
     -h | --help) sed -n '2,/^if /{/^if /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit ;;
     --quick | --spread) [[ $1 = --spread ]] || quick=1; ask+=("$1"); shift; continue ;;
-    --list | --cost | --slurm) mode=${1#--}; shift; continue ;;
+    --list | --cost | --slurm)
+        [[ -z $mode ]] || fail "$1 beside --$mode: one at a time"
+        mode=${1#--}; shift; continue ;;
     esac
     (($# > 1)) || fail "$1: unknown, or its value is missing (--help)"
     [[ $2 != *[$'\n\t']* ]] || fail "$1: a name with a line break or a tab"
+    [[ -n $2 ]] || fail "$1: its value is empty"
     value=$2
     case $value in \~ | \~/*) value=${HOME-}${value#\~} ;; esac # bash leaves it after =
     case $1 in
-    --out) out=${value%/} ;;
+    --out) out=${value%/}; out=${out:-/} ;;
     --only | --dataset | --preset | --grid | --wave | --device | --rate | --data-dir)
         ask+=("$1=$value") ;;
     --jobs) jobs=$value ;;
-    --gpus) IFS=, read -ra gpus <<<"$value" ;;
+    --gpus)
+        [[ $value =~ ^([0-9]+|(GPU|MIG)-[^,]+)(,([0-9]+|(GPU|MIG)-[^,]+))*$ ]] ||
+            fail "--gpus $value: not a list like 0,1"
+        IFS=, read -ra gpus <<<"$value" ;;
     --partition | --account | --time | --gres) sbatch+=("$1=$value") ;;
     --sbatch) sbatch+=("$value") ;;
     --task) run_task "$value" ;;
@@ -261,13 +267,18 @@ while (($#)); do
     shift 2
 done
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+if [[ $mode = slurm ]]; then
+    [[ -z $jobs${gpus[*]-} ]] || fail '--jobs and --gpus are for this machine, not for --slurm'
+else
+    ((!${#sbatch[@]})) || fail "${sbatch[0]}: for --slurm, which is not given"
+fi
 [[ -z $quick ]] || : "${jobs:=$((cores < 2 ? 1 : 2))}"
 : "${jobs:=$((${#gpus[@]} ? ${#gpus[@]} : 1))}"
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: not a whole number"
 ((jobs == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
 find_python
 ask+=("--out=$out" "--python=$python" "--beside=$beside")
-case $mode in
+case ${mode:-run} in
 list | cost) exec "$python" "$here/grid.py" "--$mode" "${ask[@]}" ;;
 run) plan && run_here ;;
 slurm) plan && run_slurm ;;

@@ -505,6 +505,9 @@ def compare_two(
         summary = compare(a, b, page.curves, page.paper, rule)
     else:
         summary = {"A": a.legend, "B": b.legend, "measure": MEASURE[stage].replace("_", " ") + unit}
+    other = [c.rows["variant"].iloc[0].strip("-") for c in (a, b)]
+    if other[0] != other[1]:
+        summary |= {f"other_settings_of_{x}": value for x, value in zip("AB", other, strict=True)}
     chosen = rule.levels or [*a.points.index]
     levels = [k for k in a.points.index if k in b.points.index and k in chosen]
     x, y = (c.points.loc[levels] for c in (a, b))
@@ -515,9 +518,10 @@ def compare_two(
     pairs = paired(d)
     if len(sparse := [k for k in levels if k]) > 1:
         rows["level"].append(f"mean of {ranges(sparse)}")
-        for name, z in (("A", x), ("B", y)):
-            rows[name].append(f"{scale * z.loc[sparse, 'mean'].mean():.2f}")
-        plain = pd.concat([plain, welch(*(replicate_means(c, sparse) for c in (a, b)))])
+        means = [replicate_means(c, sparse) for c in (a, b)]
+        for name, z in zip("AB", means, strict=True):
+            rows[name].append(f"{scale * z['mean'].iloc[0]:.2f}")
+        plain = pd.concat([plain, welch(*means)])
         pairs = pd.concat([pairs, paired(d.loc[sparse].mean().to_frame().T)])
     for prefix, found in (("", plain), ("paired ", pairs)):
         numbers = {"A - B": scale * found["difference"], "s.e.": scale * found["standard_error"]}

@@ -84,7 +84,9 @@ class Settings(options.Subset):
     def check(cls, given: dict[str, Any], values: dict[str, Any]) -> None:
         super().check(given, values)
         if values["warmup"] == (0,):
-            values |= options.NO_SUBSET  # the subset is never seen
+            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
+                runs.warn(f"--warmup 0: no phase 1, for which {', '.join(names)} would be")
+            values |= options.NO_SUBSET
         longest = max(values["warmup"])
         if longest > values["steps"]:
             raise UserError(f"--warmup {longest}: longer than --steps {values['steps']}")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -188,6 +189,21 @@ def test_classes_without_images(folder, capsys):
     refused(root, "test images of class ant, but no training images")
 
 
+def test_two_spellings_one_class_and_pipes(folder, capsys):
+    root = folder()
+    os.mkfifo(root / "train/cat/0.png")
+    load(root)
+    assert "1 not a regular file" in err(capsys) and peek_size(str(root)) == (4, 4)
+    shutil.copytree(root / "test", root / "Testing")
+    refused(root, "Testing and test are both test: rename one")
+    shutil.rmtree(root / "Testing")
+    for split in ("train", "test"):
+        (root / split).rename(root / "images")
+        (root / split).mkdir()
+        (root / "images").rename(root / split / "images")
+    refused(root, r"all images are of one class \(images\)")
+
+
 def test_what_is_no_data_set_is_refused_with_what_is_there(folder, tmp_path):
     root = folder()
     refused(tmp_path / "nowhere", "none of digits, cifar10, cifar100, cinic10, no folder")
@@ -271,6 +287,7 @@ def test_every_way_to_store_a_gray_comes_back_exactly(folder, capsys):
         said = err(capsys)
         assert "2 images of several frames" in said  # also when it comes from the cache
         assert again or "1 images with transparency" in said
+        assert again or "1 images with an orientation in EXIF, which is left out" in said
         assert again or "4 16-bit images reduced to their high 8 bits" in said
 
 
@@ -359,6 +376,17 @@ def test_a_folder_is_decoded_once_but_damage_and_other_images_are_noticed(
     put(root / "train/cat/1.png", pixels(4, 4))
     assert not np.array_equal(load(root).train_images, first.train_images)
     assert "was decoded from other files or settings: decoding again" in err(capsys)
+
+
+def test_equal_sizes_and_times_are_not_equal_images(tmp_path):
+    found = []
+    for value, parent in enumerate(("a", "b")):  # as unpacked from an archive with one time
+        root = tmp_path / parent / "pictures"
+        for k, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
+            put(root / name / "1.bmp", np.full((4, 4), 9 * value + k, np.uint8))
+            os.utime(root / name / "1.bmp", (1, 1))
+        found.append(load_arrays(str(root), tmp_path / "cache", quiet=True).train_images.max())
+    assert found == [1, 10]
 
 
 def test_two_processes_decode_once(folder, monkeypatch):
@@ -581,6 +609,9 @@ def test_digits(tmp_path):
     assert len(a.test_labels) == 360 and a.classes == list("0123456789")
     np.savez(tmp_path / "digits.npz", images=images[::-1], labels=labels[::-1])  # one's own
     assert np.array_equal(load_digits(tmp_path)[0][0, ..., 0], images[-1])
+    np.savez(tmp_path / "digits.npz", images=images / 16, labels=labels)
+    with pytest.raises(UserError, match=r"digits\.npz: not images \(N, H, W\) uint8 and labels"):
+        load_digits(tmp_path)
     (tmp_path / "digits.npz").write_bytes((DATA / "digits.npz").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"digits\.npz is damaged"):
         load_digits(tmp_path)
@@ -623,6 +654,8 @@ def test_npz_files(tmp_path, capsys):
         ({"test_images": pixels(3, 4, 5, 3)}, r"differ in shape \(4x4x3 and 4x5x3\)"),
         ({"train_images": pixels(6, 4)}, r"train_images has shape \(6, 4\)"),
         ({"train_images": pixels(6, 3, 4, 5)}, "channels first"),
+        ({"train_images": pixels(6, 2, 8, 8)}, "channels first"),
+        ({"train_images": pixels(6, 13, 8, 8)}, "channels first"),
         ({"train_images": np.full((6, 4, 4, 3), 256)}, "train_images holds int64 from 256 to 256"),
         ({"train_images": np.full((6, 4, 4, 3), -1)}, "train_images holds int64 from -1"),
         ({"train_images": np.full((6, 4, 4, 3), 0.3)}, "no multiples of 1/255"),
@@ -637,6 +670,13 @@ def test_npz_files(tmp_path, capsys):
         ({"train_labels": np.array([0, 1, 2, 0, 1, 10**12])}, "no training image has label 3"),
         ({"test_labels": np.array([0, 1, 3])}, "test label 3 is no label of a training image"),
         ({"classes": ["a", "b"]}, "label 2, but only 2 classes"),
+        ({"classes": "abc"}, r"classes has shape \(\)"),
+        ({"classes": ["a", "b", "a"]}, "two classes are named a"),
+        ({k: v * 0 for k, v in four().items() if "labels" in k}, r"are of one class \(0\)"),
+        (
+            {"train_images": pixels(6, 4, 4, 3) % 2, "test_images": np.ones((3, 4, 4, 3))},
+            "are uint8 and float64, 0 to 1: give one dtype",
+        ),
         ({"classes": ["a", "b", "c", "d"]}, r"no training image has label 3 \(d\)"),
         ({"test_images": pixels(0, 4, 4, 3), "test_labels": np.zeros(0, int)}, "0 test_images"),
     ],
@@ -646,6 +686,25 @@ def test_what_an_npz_must_not_hold(tmp_path, change, match):
     np.savez(tmp_path / "own.npz", **values)
     with pytest.raises(UserError, match=match):
         load_arrays(str(tmp_path / "own.npz"), tmp_path)
+
+
+def test_test_images_that_are_training_images_are_said(tmp_path, folder, capsys):
+    values = four()
+    values["test_images"] = values["train_images"][:3]
+    np.savez(tmp_path / "own.npz", **values)
+    load_arrays(str(tmp_path / "own.npz"), tmp_path)
+    assert "3 of 3 test images are also training images, pixel by pixel" in err(capsys)
+    root = folder()
+    shutil.copy(root / "train/cat/1.png", root / "test/cat/1.png")
+    for _ in range(2):  # also from the cache
+        load(root)
+        assert "1 of 2 test images are also training images" in err(capsys)
+
+
+def test_a_data_dir_that_is_no_folder(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--data-dir .*file: not a folder"):
+        load_arrays(str(folder()), tmp_path / "file")
 
 
 def test_an_npz_that_is_none(tmp_path):
@@ -684,8 +743,8 @@ def test_arrays_in_each_form():
 def test_each_level_is_exact_in_each_dtype(dtype):
     levels = np.arange(128 if dtype == np.int8 else 256).reshape(1, 16, -1)
     x = (levels / 255 if np.dtype(dtype).kind == "f" else levels).astype(dtype)
-    a = as_arrays((x, [0], x, [0]))
-    assert np.array_equal(a.train_images[..., 0], levels)
+    a = as_arrays((np.repeat(x, 2, 0), [0, 1], np.repeat(x, 2, 0), [0, 1]))
+    assert np.array_equal(a.train_images[:1, ..., 0], levels)
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -4,6 +4,7 @@ user would see them, with statistics from the raw files."""
 import csv
 import functools
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -339,6 +340,35 @@ def test_each_replicate_counts_once(small, capsys):
     assert capsys.readouterr().err.count("is a copy of") == 4
 
 
+def change(folder: Path, of=lambda config: config["settings"], **values) -> None:
+    result = runs.read_json(folder / "result.json")
+    of(result["config"]).update(values)
+    runs.write_json(folder / "result.json", result)
+
+
+def test_replicates_of_other_data_or_models_are_not_averaged(small, capsys):
+    out, f = small
+    f.imp(rewind=400)
+    kept = sorted(out.glob("imp/*/all-rewind400/rep*"))
+    for key in ("data", "scores"):
+        change(kept[1], **{key: "other"})
+        assert {*records.frame(out)["folder"]} & {*map(str, kept)} == {str(kept[0])}
+        assert f"rep1 is unlike the other replicates ({key} " in capsys.readouterr().err
+        change(kept[1], **{key: runs.read_json(kept[0] / "config.json")["settings"].get(key)})
+    for folder, structure in zip(kept, "ab", strict=True):
+        origin = {"model": {"structure": structure}, "code": {"stage": structure}}
+        change(folder, lambda config: config, made_from=origin)
+    assert (records.frame(out)["name"] == "all-rewind400").sum() == f.levels + 1
+    assert "rep1 is unlike the other replicates (structure a, now b)" in capsys.readouterr().err
+    change(kept[1], lambda config: config["made_from"], model={"structure": "a"})
+    assert (records.frame(out)["name"] == "all-rewind400").sum() == 2 * (f.levels + 1)
+    assert "replicates were made by different code (stage)" in capsys.readouterr().err
+    for folder in kept:
+        change(folder, data="other")
+    [found] = call("--out", out, "--compare", "all-rewind400", "all-rewind0")
+    assert found["other_settings_of_A"] != found["other_settings_of_B"]
+
+
 def test_damaged_and_foreign_files_are_named_and_skipped(small, capsys):
     out, _ = small
     path = out / "imp/cifar10-resnet20/all-rewind0/rep0/result.json"
@@ -456,6 +486,16 @@ def test_comparing_two_runs(small, capsys):
         assert row["p"] == f"{stats.ttest_ind(x, y, equal_var=False).pvalue:.2g}"
         assert row["paired p"] == f"{stats.ttest_rel(x, y).pvalue:.2g}" and row["pairs"] == "2"
         assert row["A - B"] in printed
+
+
+def test_the_mean_over_levels_is_of_replicates_that_have_them_all(small):
+    out, _ = small
+    path = out / "imp/cifar10-resnet20/all-rewind0/rep1/result.json"
+    result = runs.read_json(path)
+    del result["levels"][2:]
+    runs.write_json(path, result)
+    mean = call("--out", out, "--compare", "all-rewind0", "easy3200-rewind200")[0]["rows"][-1]
+    assert math.isclose(float(mean["A"]) - float(mean["B"]), float(mean["A - B"]), abs_tol=0.011)
 
 
 def test_comparing_by_pattern_and_across_folders(small, capsys):

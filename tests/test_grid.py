@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import common
 import grid
+import imp
 
 PAPER = ("cifar10", "cifar100", "cinic10")
 REPLICATES = {"imp": "0-3", "pretrain": "0-3", "lmc": "0-1", "warmup": "0-7", "el2n": None}
@@ -269,13 +271,50 @@ def test_a_folder_of_images_takes_the_runs_of_a_preset(tmp_path):
     command, figures = expand(tmp_path, text, *flags)
     scores = f"--scores=o/lmc/{tmp_path.name}-resnet32/all/scores.npy"
     assert {f"--dataset={tmp_path}", "--preset=cifar100", scores} <= {*shlex.split(command)}
-    assert figures == f"py figures.py --dataset={tmp_path.name} --out=o"
+    assert figures == f"py figures.py --dataset={tmp_path} --out=o"
+    (other := tmp_path / "a.b").mkdir()
+    (tmp_path / "own.npz").touch()
+    for own, name in ((other, "a"), (tmp_path / "own.npz", "own")):  # as in the folders of runs
+        command, _ = expand(tmp_path, text, "--dataset", str(own), "--preset", "cifar100")
+        assert f"/lmc/{name}-resnet32/all/" in command
+
+
+def test_runs_of_other_data_of_the_same_name_are_not_finished(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    text = "2 a imp digits --subset=all --steps=2 --rewind=1 --levels=0 --batch-size=20"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        labels = np.arange(40) % (2 if name == "a" else 4)
+        values = dict(zip(keys, (images, labels) * 2, strict=True))
+        np.savez(path := tmp_path / name / "own.npz", **values)
+        flags = ("--dataset", str(path), "--preset", "digits", "--out", str(tmp_path / "r"))
+        flags = (*flags, "--data-dir", str(tmp_path))
+        [line, _] = expand(tmp_path, text, "--plan", *flags)
+        assert "\ttodo\t" in line
+        if name == "a":
+            imp.main(imp.flags().parse_args([*shlex.split(line.split("\t")[-1])[2:], "--quiet"]))
+            assert "\tdone\t" in expand(tmp_path, text, "--plan", *flags)[0]
 
 
 def test_mistakes_in_a_grid_name_the_line(tmp_path):
-    for wrong in ("2 fig2 train digits", "two fig2 imp digits", "2 fig2", "+ imp", "2 a imp 'd"):
+    for wrong in ("2 fig2 train digits", "two fig2 imp digits", "2 fig2", "+ imp", "2 a imp 'd",
+                  "2 a imp digits --size 64", "2 a imp digits --size=1 --size=2",
+                  "+ impp * --size=1"):  # fmt: skip
         with pytest.raises(grid.GridError, match=r"grid.txt, line 2: not `wave figures stage"):
             expand(tmp_path, f"# a grid\n{wrong}\n")
+    for text, match in (
+        ("5 a imp digits", "line 1: wave 5 is not 1, 2 or 3"),
+        ("2 a imp digits\n+ imp * --levels=1", "line 2: adds to no command below it"),
+        ("2 a imp digits --out=x", "line 1: --out is a flag of run_all.sh"),
+        ("# nothing", "holds no run"),
+    ):
+        with pytest.raises(grid.GridError, match=match):
+            expand(tmp_path, text)
+    for wrong in ("0-", "3-1"):  # for the stage to refuse
+        [command, _] = expand(tmp_path, f"2 a imp digits --replicate={wrong}", "--spread")
+        assert f"--replicate={wrong}" in command
+    assert len(expand(tmp_path, "2 a imp digits --replicate=0-1,3", "--spread")) == 4
     late = "1 a el2n digits\n1 a imp digits --subset=easy --size=64\n"
     with pytest.raises(grid.GridError, match="not in a later wave than what makes its scores: imp"):
         expand(tmp_path, late, "--plan")

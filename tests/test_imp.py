@@ -13,7 +13,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import ROOT, contents, digits, same, study_of
+from conftest import ROOT, contents, digits, parse, same, study_of
 
 import common
 import engine
@@ -318,13 +318,33 @@ def test_verify_finds_another_accuracy_mask_or_data_set(measured):
     for key, off in (("test_accuracy", 1 / 360), ("weights_remaining", -1e-3)):
         numbers = state["numbers"] | {key: state["numbers"][key] + off}
         rewritten(file, lambda s, numbers=numbers: s.update(numbers=numbers))
-        with pytest.raises(UserError, match=r"^1 of 6 levels differ from what was recorded: "):
+        with pytest.raises(UserError, match=r"^1 of 6 levels .* differ from what was recorded \("):
             verify()
     rewritten(file, lambda s: s.update(numbers=state["numbers"]))
     assert len(verify()) == 6
-    file.write_bytes((folder / "rep1/level02.pt").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"--verify .*level02\.pt is damaged"):
+    file.with_name("level03.pt").write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"^1 of 7 levels .*level03\.pt: .*is level 2, renamed"):
         verify()
+    file.with_name("level03.pt").unlink()
+    other = (folder / "rep1/level02.pt").read_bytes()
+    file.write_bytes(other)  # intact, but another replicate's
+    with pytest.raises(UserError, match=r"^1 of 6 levels .*rep0/level02\.pt: .*result\.json has"):
+        verify()
+    file.write_bytes(other[:-100])
+    (folder / "rep1/level01.pt").unlink()
+    with pytest.raises(UserError, match=r"^2 of 6 levels .*rep0/level02\.pt is damaged"):
+        verify()
+    result = runs.read_json(folder / "rep1/result.json")
+    result["levels"][0]["test_accuracy"] += 0.1
+    runs.write_json(folder / "rep1/result.json", result)
+    with pytest.raises(UserError, match=r"^3 of 6 levels"):
+        verify()
+    for path in folder.glob("rep*/[lr]e*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no level was saved there$"):
+        verify()
+    with pytest.raises(UserError, match="measures what is saved: leave out --levels"):
+        parse("imp", "--verify", folder, "--levels", 1)
     config = runs.read_json(folder / "rep0/config.json")
     config["settings"]["data"] = "0" * 16
     runs.write_json(folder / "rep0/config.json", config)
@@ -341,27 +361,6 @@ def test_another_initialisation_must_be_another(stage):
 
     with pytest.raises(UserError, match=r"^--control reinit: fixed always has the same weights$"):
         stage("imp", *TINY[2:], "--levels", 1, "--control", "reinit", model=fixed)
-
-
-def test_verify_compares_with_what_the_run_reports(stage, tmp_path):
-    flags = (*TINY, "--levels", 1, "--replicate", "0-1", "--out", tmp_path)
-    stage("imp", *flags)
-    [folder] = {p.parent for p in tmp_path.rglob("rep0")}
-    assert len(stage("imp", "--verify", folder)) == 4
-    levels = [folder / f"rep{k}/level01.pt" for k in (0, 1)]
-    own = levels[0].read_bytes()
-    levels[0].write_bytes(levels[1].read_bytes())  # intact, but another replicate's
-    with pytest.raises(UserError, match=r"^1 of 4 levels differ from what was recorded"):
-        stage("imp", "--verify", folder)
-    levels[0].unlink()
-    with pytest.raises(UserError, match=r"level01.pt does not exist$"):
-        stage("imp", "--verify", folder)
-    levels[0].write_bytes(own)
-    for path in folder.rglob("level*.pt"):
-        path.unlink()
-        (path.parent / "result.json").unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"no levelNN.pt there or in rep<k> below it$"):
-        stage("imp", "--verify", folder)
 
 
 # ---- as a program --------------------------------------------------------------------------------

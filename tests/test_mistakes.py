@@ -139,7 +139,7 @@ WRITTEN = {  # stage -> words -> what the line says
         "--dataset text.txt": "--dataset text.txt: none of digits, .* no folder of images and no",
         "--dataset folder": "no images in train/CLASS/",
         "--dataset no-images": "no images in train/CLASS/",
-        "--data-dir text.txt --dataset cifar10": "cannot get cifar10 .*text.txt",
+        "--data-dir text.txt --dataset cifar10": "--data-dir text.txt: not a folder",
         "--out text.txt/x": "text.txt/x.*: Not a directory",
         # the network
         "--model model.py:small --depth 8": "--depth belongs to the ResNet: leave it out with --mo",
@@ -149,6 +149,10 @@ WRITTEN = {  # stage -> words -> what the line says
         "--init folder": "--init folder/rep0/pretrained.pt does not exist",
         "--init good.pt --subset easy": "--init brings its own pre-training: leave out --subset",
         "--init good.pt --label-noise 0.1": "--init brings its own pre-training: leave out --label",
+        "--init good.pt --pretrain-lr 1": "--init brings its own .* leave out --pretrain-lr",
+        "--replicate 0-": "argument --replicate: '0-' is not an ascending list",
+        "--scores=": "argument --scores: an empty path",
+        "--dataset=": "--dataset : none of digits, ",
         "--init good.pt --rewind 9": "--init good.pt: trained for 20 steps, not --rewind 9",
         "--init good.pt --depth 14": "--init good.pt: .*: give --depth 8",
         "--init good.pt --steps 20": "good.pt: trained to step 20 of --steps 20",
@@ -184,6 +188,8 @@ WRITTEN = {  # stage -> words -> what the line says
         "--parent good.pt --rewind 9": "--parent good.pt: trained for 20 steps, not --rewind 9",
         "--parent nothing.pt": "--parent nothing.pt does not exist",
         "--between good.pt": "--between takes two files or more",
+        "--between good.pt good.pt --children 2": "saved networks: leave out --children",
+        "--between good.pt --between other-data.pt": "--between other-data.pt: trained on other",
         "--between good.pt other-data.pt": "--between other-data.pt: trained on other data",
         "--between good.pt other-width.pt": "--between other-width.pt: .*: give --width 8",
     },
@@ -196,6 +202,8 @@ WRITTEN = {  # stage -> words -> what the line says
         "fig99": "fig99: not one of fig2",
         "fig22": r"fig22: not one of .* \(did you mean fig2\?\)",
         "--compare one": "argument --compare: expected 2 arguments",
+        "--compare one two --compare one six": "--compare takes two names or patterns, once",
+        "fig2 --compare one two": "--compare .* draws no figure",
         f"--compare one two --out {BEGUN}": "--compare one: no such run",
     },
 }
@@ -211,7 +219,7 @@ SHARED = {  # of every stage
     "--steps": "argument --steps: expected one argument",
     "--out text.txt": "text.txt.*: (File exists|Not a directory)",
 }
-BRINGS = {"--subset", "--scores", "--init", "--indices"}  # a subset of its own
+BRINGS = {"--verify", "--subset", "--scores", "--init", "--indices"}  # a subset of its own
 STAGES = ("el2n", "pretrain", "imp", "lmc", "warmup")
 TABLE = [(s, shlex.split(w), match) for s, rows in WRITTEN.items() for w, match in rows.items()]
 TABLE += [(s, shlex.split(words), match) for s in STAGES for words, match in SHARED.items()]
@@ -268,7 +276,14 @@ def test_mistakes_get_one_clear_line(files, tmp_path, capsys, monkeypatch, stage
         (["--list", "--only", "fig7", "--dataset", "cifar10"], "no run is for"),
         (["--list", "--out", "two\nlines"], "--out"),
         (["--list", "--wave", "5"], "argument --wave: invalid choice: 5"),
-        (["--list", "--slurm", "--rate", "0"], "--rate 0"),
+        (["--list", "--slurm"], "--slurm beside --list: one at a time"),
+        (["--list", "--rate", "0"], "--rate 0"),
+        (["--list", "--partition", "gpu"], "--partition=gpu: for --slurm"),
+        (["--list", "--gpus", "0-3"], "--gpus 0-3: not a list"),
+        (["--list", "--out", ""], "--out: its value is empty"),
+        (["--list", "--only="], "--only: its value is empty"),
+        (["--list", "--quick", "--dataset", "cifar10"], "--quick is of the digits"),
+        (["--list", "--preset", "cifar100"], "--preset goes with --dataset"),
     ],
 )
 def test_mistakes_of_run_all(files, flags, match):

@@ -224,3 +224,14 @@ def test_values_in_place_of_a_file_are_refused(name):
     problem = rf"^{name}: expected the path of a file, not a list: save it \(np.save, torch.save\)"
     with pytest.raises(UserError, match=problem):
         imp.search(**{name: [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("imp", ["--rewind", "0"]), ("lmc", ["--rewind", "0"]), ("warmup", ["--warmup", "0"])],
+)
+def test_a_subset_that_nothing_is_trained_on_is_said(stage, words, capsys):
+    parse(stage, *words, "--subset", "all")
+    assert capsys.readouterr().err == ""
+    assert parse(stage, *words, "--subset", "hard", "--label-noise", "0.5").subset == "all"
+    assert "for which --subset, --label-noise would be" in capsys.readouterr().err
