@@ -306,11 +306,11 @@ def fingerprint_of(dataset: str, data_dir: Path, resize: int) -> str:
         raise GridError(str(e)) from e
 
 
-def is_done(job: Job, out: Path) -> bool:
+def is_done(command: Command, job: Job, out: Path) -> bool:
     """Whether runs are finished and, of data of one's own, were made from these. Of others a stage
     that is started refuses the folder."""
     s = job.settings
-    if not job.done or s.dataset in IMAGES:
+    if not job.done or command.flags["--dataset"] in IMAGES:
         return job.done
     try:
         configs = [json.loads((out / f / "config.json").read_text()) for f in job.folders]
@@ -332,7 +332,7 @@ def print_plan(args: argparse.Namespace, commands: list[Command]) -> None:
             text = shlex.join([c.stage, *c.words])
             raise GridError(f"not in a later wave than what makes its scores: {text}")
         line = shell(args, c.stage, c.words)
-        state = "done" if is_done(job, Path(args.out)) else "todo"
+        state = "done" if is_done(c, job, Path(args.out)) else "todo"
         print(c.wave, state, job.folder, need, line, sep="\t")
     if args.wave in (None, DRAW):
         print(DRAW, "todo", "figures", "-", drawing(args), sep="\t")
