@@ -477,13 +477,11 @@ class Stream:
     augment: tuple[int, int]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=128)
 def permutation(key: tuple[int, int], epoch: int, n: int, device: torch.device) -> Tensor:
     """A random order of n examples, the same on every device: argsort of 63-bit Philox draws."""
     i = torch.arange(n, device=device)
-    counter = torch.stack(
-        [i, torch.full_like(i, epoch), torch.zeros_like(i), torch.zeros_like(i)], -1
-    )
+    counter = torch.stack([i, 0 * i + epoch, 0 * i, 0 * i], -1)
     words = philox(key, counter)
     return (words[:, 0] << 31 | words[:, 1] >> 1).argsort(stable=True)
 
@@ -667,7 +665,8 @@ def train(t: Training, start: int | None = None) -> Iterator[int]:
     do_step = GraphedStep(one_step, pool[0]) if s.graph else one_step
     in_flight: collections.deque = collections.deque()
     while step < t.stop:
-        begin, end = step, min([t.stop, step + longest, *(k for k in t.at if k > step)])
+        last = min(step + longest, t.stop)
+        begin, end = step, next((k for k in range(step + 1, last) if k in t.at), last)
         with signals.deferred():
             for r, stream in enumerate(streams):
                 batches[r, : end - begin] = batch_indices(stream, begin, end, size)
