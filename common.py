@@ -173,9 +173,8 @@ class Study:
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))
 
     def networks(self, rows: int) -> Networks:
-        template = seeded(
-            self.settings.seed, 0, self.model.build
-        )  # what it keeps beside a state_dict
+        # Seeded for what a module keeps beside its state_dict.
+        template = seeded(self.settings.seed, 0, self.model.build)
         return Networks(template, rows, self.device, self.model.channels_last)
 
     def initial_state_dict(self, replicate: int) -> dict[str, Tensor]:
@@ -555,11 +554,8 @@ def try_model(module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[st
     for name, m in module.named_modules():
         if isinstance(m, engine.NORMS) and m.momentum is None:
             raise ValueError(f"{name}: BatchNorm with momentum=None counts its batches: give one")
-    size, classes, bf16 = (
-        engine.eval_batch_size(data.device),
-        len(data.classes),
-        s.precision == "bf16",
-    )
+    size, classes = engine.eval_batch_size(data.device), len(data.classes)
+    bf16 = s.precision == "bf16"
     alone = any(len(y) % size == 1 for y in (data.train_labels, data.test_labels))
 
     def attempt(channels_last: bool, count: int = 2) -> list[str]:
