@@ -500,9 +500,10 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
             raise ValueError(f"gives a {type(module).__name__}, not a torch module")
         channels_last, unused = try_model(module, s, data)
         more = [seeded(s.seed, k, build) for k in (0, 1)]
-        first, again, other = (fingerprint(m.state_dict(), kept(m)) for m in (module, *more))
-        if first != again:
-            raise ValueError("differs when made again with one seed: draw from torch's generator")
+        first, again, other = (kept(m) | fingerprints(m.state_dict()) for m in (module, *more))
+        if odd := [k for k in first | again if first.get(k) != again.get(k)]:
+            remedy = "differs when made again with one seed: draw from torch's generator"
+            raise ValueError(f"{odd[0]} {remedy}")
     except Exception as e:  # whatever a function or a module of the user's may raise
         problem = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
         if "deepcopy protocol" in problem:
@@ -536,7 +537,11 @@ def kept(module: nn.Module, kinds: Any = bool | int | float | Tensor) -> dict[st
     parts = ((name, k, v) for name, m in module.named_modules() for k, v in vars(m).items())
     found = {f"{name}.{k}".strip("."): v for name, k, v in parts if isinstance(v, kinds)}
     low = {k: v.float() for k, v in found.items() if getattr(v, "dtype", None) == torch.bfloat16}
-    return {k: fingerprint(v) for k, v in (found | low).items()}  # NumPy has no bfloat16
+    return fingerprints(found | low)  # NumPy has no bfloat16
+
+
+def fingerprints(values: dict[str, Any]) -> dict[str, str]:
+    return {k: fingerprint(v) for k, v in values.items()}
 
 
 def try_model(module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[str]]:

@@ -229,7 +229,7 @@ def as_arrays(data: Any, source: str = "data") -> Arrays:
         raise UserError(f"{source}: training and test images differ in shape ({shapes})")
     used = set(np.unique(labels[0]).tolist())
     count = min(max(used), len(labels[0])) + 1  # with more labels than images one is unused
-    if classes is not None and np.ndim(classes) != 1:
+    if not isinstance(classes, list | tuple | dict | None) and np.ndim(classes) != 1:
         raise UserError(f"{source}: classes has shape {np.shape(classes)}, not a name for each")
     names = [printable(c) for c in (range(count) if classes is None else classes)]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
