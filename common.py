@@ -597,8 +597,8 @@ def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16:
     """The trained parameters of a network that the loss of a batch does not depend on."""
     [tried] = networks.bf16_modules() if bf16 else networks.modules
     saved, flags = tried.state_dict(), kept(tried, bool)
-    counts = ((k, b) for k, b in tried.named_buffers() if not b.is_floating_point())
-    counts = dict(counts) | {k: b for k, b in tried.named_buffers() if k not in saved}
+    counts = {k: b for k, b in tried.named_buffers() if not (k in saved and b.is_floating_point())}
+    statistics = networks.statistics.clone()
     before = {k: fingerprint(b) for k, b in counts.items()}
     others = random.getstate(), str(np.random.get_state())
     with torch.random.fork_rng(devices=[]):
@@ -611,12 +611,12 @@ def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16:
         for name, part in tried.named_modules():
             part.register_forward_hook(functools.partial(note, name=name))
         images = networks.arrange(x.bfloat16() if bf16 else x)
-        logits, once, again = tried(images), kept(tried), tried(images)
-    if others != (random.getstate(), str(np.random.get_state())):
-        drawn.append("the module")
+        logits, once = tried(images), kept(tried)
+        networks.statistics.copy_(statistics)  # saved, so that they may change
+        again = tried(images)
+    drawn += ["the module"] * (others != (random.getstate(), str(np.random.get_state())))
     if drawn:
-        problem = "uses randomness in forward(), so exact resume is not supported"
-        raise ValueError(f"{drawn[0]} {problem}")
+        raise ValueError(f"{drawn[0]} uses randomness in forward(): exact resume is not supported")
     for k, b in counts.items():
         if fingerprint(b) != before[k]:
             remedy = "buffers must be float32" if k in saved else "register it as persistent"

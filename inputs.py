@@ -11,6 +11,7 @@ import difflib
 import dis
 import functools
 import hashlib
+import inspect
 import pathlib
 import re
 import sys
@@ -683,7 +684,7 @@ def record(value: Any, refer: Callable) -> Any:
         return refer((value.fget,))
     if hasattr(type(value), "cache_info"):  # of functools.cache
         return refer((value.__wrapped__,))
-    kind = value if hasattr(value, "__qualname__") else type(value)
+    kind = value if inspect.getattr_static(value, "__qualname__", None) else type(value)
     module = str(getattr(kind, "__module__", ""))
     if is_installed(module):
         own = isinstance(value, nn.Module)

@@ -721,8 +721,9 @@ def test_a_fingerprint_of_what_a_function_does_not_make(tmp_path, monkeypatch):
     and however far it leads, whatever the values."""
     (tmp_path / "beside_1.py").write_text("import os\nSTART = os.urandom(8)\nwide = lambda n: n")
     monkeypatch.syspath_prepend(tmp_path)
-    source = "import beside_1\ndef make(*_): return beside_1.wide(KINDS), sparse"
+    source = "import beside_1\ndef make(*_): return beside_1.wide(KINDS), sparse, unready"
     known = {"KINDS": {nn.Linear, nn.Conv2d, "a"}, "sparse": torch.eye(2).to_sparse()}
+    known["unready"] = type("Unready", (), {"__getattr__": lambda self, name: 1 / 0})()
     first = code_of(names(source, **known)["make"])
     monkeypatch.delitem(sys.modules, "beside_1")
     again = names(source, **known, START=1)
