@@ -523,7 +523,7 @@ def list_images(root: Path) -> tuple[list[tuple], list[str]]:
 
 
 def sample_of(files: list[tuple], most: int = 256) -> str:
-    """A hash of what at most `most` of the files begin with, evenly spaced: archives unpack with equal
+    """A hash of how at most `most` of the files begin, evenly spaced: archives unpack with equal
     times, and images without compression have equal sizes, so these alone do not tell two folders
     of one name apart."""
     digest = hashlib.sha256()
