@@ -500,9 +500,10 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
             raise ValueError(f"gives a {type(module).__name__}, not a torch module")
         channels_last, unused = try_model(module, s, data)
         more = [seeded(s.seed, k, build) for k in (0, 1)]
-        first, again, other = (fingerprint(m.state_dict(), kept(m)) for m in (module, *more))
-        if first != again:
-            raise ValueError("differs when made again with one seed: draw from torch's generator")
+        first, again, other = (kept(m) | fingerprints(m.state_dict()) for m in (module, *more))
+        if odd := [k for k in first | again if first.get(k) != again.get(k)]:
+            remedy = "differs when made again with one seed: draw from torch's generator"
+            raise ValueError(f"{odd[0]} {remedy}")
     except Exception as e:  # whatever a function or a module of the user's may raise
         problem = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
         if "deepcopy protocol" in problem:
@@ -536,7 +537,11 @@ def kept(module: nn.Module, kinds: Any = bool | int | float | Tensor) -> dict[st
     parts = ((name, k, v) for name, m in module.named_modules() for k, v in vars(m).items())
     found = {f"{name}.{k}".strip("."): v for name, k, v in parts if isinstance(v, kinds)}
     low = {k: v.float() for k, v in found.items() if getattr(v, "dtype", None) == torch.bfloat16}
-    return {k: fingerprint(v) for k, v in (found | low).items()}  # NumPy has no bfloat16
+    return fingerprints(found | low)  # NumPy has no bfloat16
+
+
+def fingerprints(values: dict[str, Any]) -> dict[str, str]:
+    return {k: fingerprint(v) for k, v in values.items()}
 
 
 def try_model(module: nn.Module, s: Settings, data: Data) -> tuple[bool, list[str]]:
@@ -592,8 +597,8 @@ def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16:
     """The trained parameters of a network that the loss of a batch does not depend on."""
     [tried] = networks.bf16_modules() if bf16 else networks.modules
     saved, flags = tried.state_dict(), kept(tried, bool)
-    counts = ((k, b) for k, b in tried.named_buffers() if not b.is_floating_point())
-    counts = dict(counts) | {k: b for k, b in tried.named_buffers() if k not in saved}
+    counts = {k: b for k, b in tried.named_buffers() if not (k in saved and b.is_floating_point())}
+    statistics = networks.statistics.clone()
     before = {k: fingerprint(b) for k, b in counts.items()}
     others = random.getstate(), str(np.random.get_state())
     with torch.random.fork_rng(devices=[]):
@@ -606,12 +611,12 @@ def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16:
         for name, part in tried.named_modules():
             part.register_forward_hook(functools.partial(note, name=name))
         images = networks.arrange(x.bfloat16() if bf16 else x)
-        logits, once, again = tried(images), kept(tried), tried(images)
-    if others != (random.getstate(), str(np.random.get_state())):
-        drawn.append("the module")
+        logits, once = tried(images), kept(tried)
+        networks.statistics.copy_(statistics)  # saved, so that they may change
+        again = tried(images)
+    drawn += ["the module"] * (others != (random.getstate(), str(np.random.get_state())))
     if drawn:
-        problem = "uses randomness in forward(), so exact resume is not supported"
-        raise ValueError(f"{drawn[0]} {problem}")
+        raise ValueError(f"{drawn[0]} uses randomness in forward(): exact resume is not supported")
     for k, b in counts.items():
         if fingerprint(b) != before[k]:
             remedy = "buffers must be float32" if k in saved else "register it as persistent"

@@ -31,7 +31,8 @@ IDENTITY |= {"replicate", "track", "every", "easy_size", "easy_balance", "warmup
 IDENTITY |= {"control", "init", "parent", "mask", "name", "model"}
 OPTIONAL = {"data": None, "pretrain_lr": None, "size": 0, "offset": 0, "rewind": 0, "warmup": 0}
 OPTIONAL |= {"easy_size": 0, "balance": False, "easy_balance": False, "control": ""}
-OWN = {"replicate", "init", "parent"}  # settings that replicates of one configuration may differ in
+# Settings that replicates of one configuration may differ in.
+OWN = {"replicate", "init", "parent", "mask", "track"}
 
 # ---- reading -------------------------------------------------------------------------------------
 

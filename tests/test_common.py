@@ -280,6 +280,20 @@ def test_what_forward_only_leaves_behind_is_allowed():
         assert small("--precision", precision, model=lambda *_: Does(leave)).model.name == "does"
 
 
+def test_saved_buffers_may_change_the_logits():
+    """A running mean that the output has in training mode."""
+
+    def shift(m, y, x):
+        drift(m, y, x)
+        return y + m.mean
+
+    def make(*_):
+        return Does(shift, lambda m: m.register_buffer("mean", torch.zeros(1)))
+
+    for precision in ("fp32", "bf16"):
+        assert small("--precision", precision, model=make).model.name == "make"
+
+
 def test_the_same_start_for_all_replicates_is_said(capsys):
     def fixed(channels, classes):
         torch.manual_seed(0)

@@ -688,6 +688,12 @@ def test_what_an_npz_must_not_hold(tmp_path, change, match):
         load_arrays(str(tmp_path / "own.npz"), tmp_path)
 
 
+def test_classes_may_have_several_names():
+    """As those of torchvision's ImageNet have."""
+    names = [("tench", "Tinca tinca"), ("hen",), ("cock",)]
+    assert as_arrays({**four(), "classes": names}).classes == [str(n) for n in names]
+
+
 def test_test_images_that_are_training_images_are_said(tmp_path, folder, capsys):
     values = four()
     values["test_images"] = values["train_images"][:3]

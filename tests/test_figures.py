@@ -355,6 +355,9 @@ def test_replicates_of_other_data_or_models_are_not_averaged(small, capsys):
         assert {*records.frame(out)["folder"]} & {*map(str, kept)} == {str(kept[0])}
         assert f"rep1 is unlike the other replicates ({key} " in capsys.readouterr().err
         change(kept[1], **{key: runs.read_json(kept[0] / "config.json")["settings"].get(key)})
+    for k, folder in enumerate(kept):
+        change(folder, mask=f"ticket {k}", track=f"{k}")
+    assert {*map(str, kept)} <= {*records.frame(out)["folder"]}
     for folder, structure in zip(kept, "ab", strict=True):
         origin = {"model": {"structure": structure}, "code": {"stage": structure}}
         change(folder, lambda config: config, made_from=origin)

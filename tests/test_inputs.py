@@ -10,6 +10,7 @@ import json
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import conftest  # noqa: F401  before torch
@@ -715,9 +716,44 @@ def test_a_fingerprint_of_what_a_function_refers_to():
     assert code_of(torch.relu) and code_of(nn.ReLU)
 
 
+def test_a_fingerprint_of_what_a_function_does_not_make(tmp_path, monkeypatch):
+    """Neither the name of its module, nor what its module and those that it imports hold besides;
+    and however far it leads, whatever the values."""
+    (tmp_path / "beside_1.py").write_text("import os\nSTART = os.urandom(8)\nwide = lambda n: n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "import beside_1\ndef make(*_): return beside_1.wide(KINDS), sparse, unready"
+    known = {"KINDS": {nn.Linear, nn.Conv2d, "a"}, "sparse": torch.eye(2).to_sparse()}
+    known["unready"] = type("Unready", (), {"__getattr__": lambda self, name: 1 / 0})()
+    first = code_of(names(source, **known)["make"])
+    monkeypatch.delitem(sys.modules, "beside_1")
+    again = names(source, **known, START=1)
+    again["make"].__module__ = "__mp_main__"
+    assert code_of(again["make"]) == first
+    monkeypatch.setattr(sys.modules["beside_1"], "wide", lambda n: n + 1)
+    assert code_of(again["make"]) != first
+    chain = "\n".join(f"def f{k}(): return f{k + 1}()" for k in range(3000))
+    makes = [names(f"{chain}\ndef f3000(): return {n}")["f0"] for n in (1, 2)]
+    assert code_of(makes[0]) != code_of(makes[1])
+
+
 def test_a_module_is_no_function():
     with pytest.raises(UserError, match=r"^model: a Linear is a module.*: give a function of chan"):
         inputs.find_function("", nn.Linear(2, 2))
+
+
+def test_a_model_file_may_import_within_its_function(tmp_path, monkeypatch):
+    (tmp_path / "layer_1.py").write_text("def layer(): return 1")
+    (tmp_path / "m.py").write_text(
+        "import layer_1\ndef make():\n    from layer_1 import layer\n    return layer()"
+    )
+    assert inputs.load_function(f"{tmp_path}/m.py:make")[0]() == 1
+    (tmp_path / "layer_1.py").write_text("def layer(): return 2")
+    assert inputs.load_function(f"{tmp_path}/m.py:make")[0]() == 2
+    mine = types.ModuleType("layer_1")  # of a notebook, say
+    monkeypatch.setitem(sys.modules, "layer_1", mine)
+    (tmp_path / "layer_1.py").write_text("def layer(): return 3")
+    inputs.load_function(f"{tmp_path}/m.py:make")
+    assert sys.modules["layer_1"] is mine
 
 
 def test_what_a_model_file_imports_from_beside_it(tmp_path):
