@@ -1,8 +1,8 @@
 """The nouns of the paper, which all stages share: networks, data, subsets, scores, pre-training.
 
 Copy this file, options.py, engine.py, runs.py and data/ with any one stage and it runs; other data
-need loading.py, files of one's own inputs.py, and csrc/ makes it faster. Section numbers in
-comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
+need loading.py, files of one's own inputs.py, a model of one's own modelcode.py; csrc/ makes it
+faster. Sections in comments are those of Paul et al. 2022, "Lottery Tickets on a Data Diet".
 """
 
 import contextlib
@@ -482,7 +482,7 @@ def find_model(s: Settings, data: Data, handed_in: HandedIn) -> Model:
     shape = data.train_images.shape[3], len(data.classes)
     make, code, called = functools.partial(make_model, s, data), None, ""
     if s.model or handed_in.model:
-        function, called, code = optional("inputs").find_function(s.model, handed_in.model)
+        function, called, code = optional("modelcode").find_function(s.model, handed_in.model)
         make = functools.partial(function, *shape)
     unused: list[str] = []
 

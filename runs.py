@@ -311,7 +311,7 @@ def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged, or no .npz ({one_line(e)})") from e
 
 
-OWN_MODULES = ("common", "csrc", "engine", "inputs", "loading", "options", "runs")
+OWN_MODULES = ("common", "csrc", "engine", "inputs", "loading", "modelcode", "options", "runs")
 
 
 def imported(file: Path) -> list[Path]:
