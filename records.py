@@ -124,11 +124,18 @@ def edited(codes: list[dict[str, str | None]]) -> list[str]:
 
 def variants(settings: pd.Series) -> list[str]:
     """For each row "-steps150" and the like, the settings in which rows of a model differ."""
-    kept = [{k: v for k, v in s.items() if k not in IDENTITY} for s in settings]
-    shared = functools.reduce(lambda a, b: a & b, (set(k) for k in kept))  # of formats 2 and 3
-    differ = [k for k in kept[0] if k in shared and len({str(x[k]) for x in kept}) > 1]
-    words = ["".join(f"-{k}{x[k]}" for k in differ) for x in kept]
-    return ["".join(c if c.isalnum() or c in "-_." else "+" for c in word) for word in words]
+    shared = set.intersection(*({*s} for s in settings)) - IDENTITY  # of formats 2 and 3
+    text = {k: [words(s[k]) for s in settings] for k in settings.iloc[0] if k in shared}
+    kept = pd.DataFrame(text, index=settings.index)
+    differ = [k for k in kept if kept[k].nunique() > 1]
+    if "milestones" in differ and kept.groupby("steps")["milestones"].nunique().max() == 1:
+        differ.remove("milestones")  # they follow from the steps
+    names = ["".join(f"-{k}{row[k]}" for k in differ) for _, row in kept.iterrows()]
+    return ["".join(c if c.isalnum() or c in "-_.+" else "+" for c in name) for name in names]
+
+
+def words(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_run(out: Path, config: Path, metrics: dict[str, str]) -> list[dict]:
