@@ -289,15 +289,16 @@ def barriers(page: Page) -> pd.DataFrame:
     """A row for each replicate of lmc: its barriers, and the accuracy that imp runs of its model
     reached from the same w_tr at the level of Figure 5, or at the last that each of them has."""
     model, wanted = page.rows["model"].iloc[0], FINAL_LEVEL.get(page.paper, 7)
+    rows = pd.concat([c.rows.assign(configuration=c.label) for c in page.curves])
+    rows = rows[rows["done"] & rows["loss_barrier"].notna()].sort_index()
     imp = page.table[(page.table["stage"] == "imp") & (page.table["model"] == model)]
     imp = imp[(imp["control"] == "") & imp["start"].notna() & imp["level"].notna()]
+    imp = imp.merge(rows[["start", "steps"]].drop_duplicates())
     reached = imp.groupby("folder")["level"].max()
     level = wanted if not len(reached) or reached.max() >= wanted else int(reached.min())
     final = imp[imp["level"] == level].drop_duplicates(["start", "steps"])
     final = final.set_index(["start", "steps"])["test_accuracy"].rename("final_accuracy")
-    rows = pd.concat([c.rows.assign(configuration=c.label, level=level) for c in page.curves])
-    rows = rows[rows["done"] & rows["loss_barrier"].notna()].sort_index()
-    return rows.join(final, on=["start", "steps"])
+    return rows.assign(level=level).join(final, on=["start", "steps"])
 
 
 def onset_rows(page: Page) -> Iterator[dict]:

@@ -326,6 +326,19 @@ def test_a_run_in_progress_counts_and_is_marked(small, capsys):
     assert "easy (n=1-2)*" in caption and "*: runs in progress" in caption
 
 
+def test_the_level_of_figure_5_is_of_the_runs_that_barriers_are_of(tmp_path):
+    f = Folders(tmp_path / "results", "cifar10")
+    f.levels = 3
+    for settings in ({"rewind": 0}, {"rewind": 200}):
+        f.imp(**settings)
+        f.lmc(**settings)
+    f.levels = 20
+    f.imp(rewind=400)  # deeper, and of no network that has barriers
+    [page] = records.pages(records.frame(f.out), "lmc")
+    rows = tables.barriers(page)
+    assert rows["level"].tolist() == 4 * [3] and rows["final_accuracy"].notna().all()
+
+
 def test_each_replicate_counts_once(small, capsys):
     """A backup beside it, a copy under another number, and a copy of all the results."""
     out, _ = small
