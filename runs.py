@@ -45,6 +45,7 @@ OWN_FILES = """config.json result.json scores.json log.csv checkpoint.pt checkpo
     level[0-9][0-9].pt level[0-9][0-9][0-9].pt level[0-9][0-9][0-9][0-9].pt
     subset.npy scores.npy never_learned.npy gradient_norm.npy coherence.npy projected_error.npy
     loss_barrier.npy loss_barrier_pairs.npy error_barrier_pairs.npy"""
+OWN_MODULES = ("common", "csrc", "engine", "inputs", "loading", "modelcode", "options", "runs")
 
 
 class OneLine:
@@ -309,9 +310,6 @@ def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
         raise
     except Exception as e:  # zipfile, zlib and numpy have an exception each for damage
         raise UserError(f"{path} is damaged, or no .npz ({one_line(e)})") from e
-
-
-OWN_MODULES = ("common", "csrc", "engine", "inputs", "loading", "modelcode", "options", "runs")
 
 
 def imported(file: Path) -> list[Path]:
@@ -738,11 +736,12 @@ class Signals:
                     handlers[number] = signal.signal(number, self)
         self.before.append(handlers)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         for number, handler in self.before.pop().items():
             signal.signal(number, handler)
-        if not self.before:
-            self.number = 0
+        noted, self.number = self.number, self.number * bool(self.before)
+        if noted and isinstance(error, ImportError | SystemError):  # of C code that it ended
+            raise Interrupted(noted) from error
 
     def __call__(self, number: int, frame: Any) -> None:
         again, now = self.number, time.monotonic()

@@ -443,6 +443,17 @@ def test_results_of_another_user_are_read_and_not_continued(shared):
 # ---- kills, signals ------------------------------------------------------------------------------
 
 
+def test_an_import_that_a_signal_ends_is_an_interruption():
+    """C code that is being initialised makes an ImportError of it, as scipy's does."""
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"), runs.signals:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise ImportError("initialization failed") from None
+    with pytest.raises(ImportError), runs.signals:
+        raise ImportError("no such module")
+
+
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
     """SIGKILL at each of the first file operations, half way through a write, then in between."""
     expected = toy(tmp_path / "undisturbed")
