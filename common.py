@@ -788,7 +788,7 @@ def adopt(run: Run, start: dict[str, Any]) -> None:
     """Takes another's w_tr as the run's own; UserError if it has a different one."""
     mine = run.load("pretrained.pt")
     if mine and mine["fingerprint"] != start["fingerprint"]:
-        raise UserError(f"{run.folder} began from another w_tr: {options.REMEDIES}")
+        raise UserError(f"{run.folder} began from another w_tr: {runs.REMEDIES}")
     if not mine:
         run.save("pretrained.pt", start)
 

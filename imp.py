@@ -97,9 +97,7 @@ class Settings(options.Pretraining):
             options.refuse_subset(given, "init")
             values |= options.NO_SUBSET | {"rewind": given.get("rewind")}
         elif values["rewind"] == 0:
-            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
-                runs.warn(f"--rewind 0: no pre-training, for which {', '.join(names)} would be")
-            values |= options.NO_SUBSET
+            options.drop_subset(given, values, "--rewind 0: no pre-training")
         options.check_rewind(values["rewind"] or 0, values["steps"])
         if values["mask"] and values["control"]:
             raise UserError("--control makes masks of its own: leave out --mask")

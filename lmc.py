@@ -91,19 +91,9 @@ class Settings(options.Pretraining):
             raise UserError("--between takes two files or more")
         if values["alphas"] % 2 == 0:
             raise UserError(f"--alphas {values['alphas']}: an odd number has 1/2 among the values")
-        unused = (
-            "parent",
-            "children",
-            "rewind",
-            "replicate",
-            "pretrain_lr",
-            "networks",
-            "score_step",
-        )
-        for flag in unused if values["between"] else ():
+        for flag in ("parent", "children", "rewind", "replicate") if values["between"] else ():
             if flag in given:
-                shown = flag.replace("_", "-")
-                raise UserError(f"--between measures saved networks: leave out --{shown}")
+                raise UserError(f"--between measures saved networks: leave out --{flag}")
         for flag in ("parent", "between"):
             if values[flag]:
                 options.refuse_subset(given, flag)
@@ -113,9 +103,7 @@ class Settings(options.Pretraining):
             if len(values["rewind"]) > 1:
                 raise UserError("--parent is one spawn point: give one --rewind, or none")
         if values["parent"] or values["between"] or values["rewind"] == (0,):
-            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
-                runs.warn(f"--rewind 0: no pre-training, for which {', '.join(names)} would be")
-            values |= options.NO_SUBSET
+            options.drop_subset(given, values, "--rewind 0: no pre-training")
         for t in values["rewind"]:
             options.check_rewind(t, values["steps"])
 
@@ -304,11 +292,6 @@ def save_scores(study: Study, rewind: int, group: list[Run]) -> None:
 # ---- spawn points --------------------------------------------------------------------------------
 
 
-def at_spawn(s: Settings, rewind: int) -> Settings:
-    """The settings of one spawn point; at 0 no subset is trained on."""
-    return s.without_subset() if rewind == 0 else s
-
-
 def name_of(s: Settings, rewind: int) -> str:
     """Of one spawn point."""
     origin = f"parent-{s.parent.stem}" if s.parent else options.subset_name(s)
@@ -318,8 +301,8 @@ def name_of(s: Settings, rewind: int) -> str:
 
 def spawn(study: Study, rewind: int, starts: dict[int, dict]) -> list[Run]:
     """One spawn point: pre-training, children, barriers and scores; the finished runs."""
-    study = dataclasses.replace(study, settings=at_spawn(study.settings, rewind))
-    s, name = study.settings, name_of(at_spawn(study.settings, rewind), rewind)
+    study = dataclasses.replace(study, settings=study.settings.of_phase(rewind))
+    s, name = study.settings, name_of(study.settings, rewind)
     settings = study.describe("subset", "label_noise", "pretrain_lr", "children")
     settings |= {"rewind": rewind, "parent": None}
     each = {r: {"parent": start["fingerprint"]} for r, start in starts.items()}
@@ -433,7 +416,7 @@ def plan(s: Settings) -> list[options.Planned]:
         return [options.Planned(options.run_folder(s, "lmc", "between"), 0, False, 0)]
     found = []
     for t in s.rewind or (common.optional("inputs").step_of(s.parent, s.replicate[0]),):
-        one = at_spawn(s, t)
+        one = s.of_phase(t)
         folder = options.run_folder(one, "lmc", name_of(one, t))
         steps = t * (not s.parent) + s.children * (s.steps - t)
         found += options.planned(folder, s.replicate, steps, s.children + 1)
@@ -453,7 +436,7 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
             study, "--parent", s.parent, s.replicate, given
         )
         points = (starts[s.replicate[0]]["step"],)
-    folders = [study.folder("lmc", name_of(at_spawn(s, t), t)) for t in points]
+    folders = [study.folder("lmc", name_of(s.of_phase(t), t)) for t in points]
     if not common.announce(study, f"{s.children} children", ", ".join(map(str, folders))):
         return None
     study = common.rank(study)

@@ -28,7 +28,7 @@ import torch
 
 import runs
 from engine import StepSettings, are_compiled
-from runs import UserError, one_line
+from runs import REMEDIES, UserError, one_line
 
 HERE = Path(__file__).resolve().parent
 VERSION = "3.0"
@@ -315,25 +315,20 @@ class Subset(Scoring):
                 if flag in given:
                     raise UserError(f"--indices is the subset: leave out --{flag}")
             values |= {"subset": "indices", "size": None}
-        elif values["subset"] in ("all", "random"):
-            for flag in ("offset", "balance"):
-                if given.get(flag):
-                    raise UserError(f"--{flag} goes with --subset easy or hard")
         if values["subset"] == "all":
             if "size" in given:
                 raise UserError("--size goes with --subset random, easy or hard")
             values["size"] = None
-        if values["subset"] not in ("easy", "hard") and not cls.always_scored:
-            for flag in ("scores", "networks", "score_step"):
-                if flag in given:
-                    shown = flag.replace("_", "-")
-                    raise UserError(f"--{shown} goes with --subset easy or hard")
+        if values["subset"] not in ("easy", "hard"):
+            scored = () if cls.always_scored else ("scores", "networks", "score_step")
+            if wrong := flags_of(given, ("offset", "balance", *scored)):
+                raise UserError(f"{wrong[0]} goes with --subset easy or hard")
         if max(values["replicate"]) >= 1 << 16:
             raise UserError(f"--replicate {values['replicate'][-1]}: at most {(1 << 16) - 1}")
 
-    def without_subset(self) -> Self:
-        """For phases of length 0: nothing is trained on a subset."""
-        return dataclasses.replace(self, **NO_SUBSET)
+    def of_phase(self, steps: int) -> Self:
+        """For a phase of this many steps: in one of none nothing is trained on a subset."""
+        return self if steps else dataclasses.replace(self, **NO_SUBSET)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,18 +340,26 @@ class Pretraining(Subset):
 
 NO_SUBSET = {"subset": "all", "size": None, "offset": 0, "balance": False, "label_noise": 0.0}
 NO_SUBSET |= {"scores": None, "indices": None}
+OF_SUBSETS = (*NO_SUBSET, "pretrain_lr", "networks", "score_step")
 
 
-def subset_flags(given: dict[str, Any]) -> list[str]:
-    """The flags given that say what to pre-train on, and how."""
-    names = (k for k in (*NO_SUBSET, "pretrain_lr", "networks", "score_step") if given.get(k))
-    return [f"--{k.replace('_', '-')}" for k in names]
+def flags_of(given: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """The flags of those of these settings that were given a value."""
+    return [f"--{k.replace('_', '-')}" for k in names if given.get(k)]
 
 
 def refuse_subset(given: dict[str, Any], flag: str) -> None:
     """UserError where a flag brings its own w_tr, and a subset to pre-train on is given too."""
-    if names := subset_flags(given):
+    if names := flags_of(given, OF_SUBSETS):
         raise UserError(f"--{flag} brings its own pre-training: leave out {names[0]}")
+
+
+def drop_subset(given: dict[str, Any], values: dict[str, Any], why: str) -> None:
+    """Takes the subset out of `values`, since no step is trained on it; a line says what was given
+    for it."""
+    if names := flags_of({k: v for k, v in given.items() if v != "all"}, OF_SUBSETS):
+        runs.warn(f"{why}, for which {', '.join(names)} would be")
+    values |= NO_SUBSET
 
 
 def check_rewind(rewind: int, steps: int) -> None:
@@ -597,9 +600,6 @@ def compare_origin(s: Settings, before: dict, now: dict) -> str | None:
         remedy = "--allow-edited continues it and records the change"
         raise UserError(f"was begun by other code ({what} edited since): {REMEDIES}, {remedy}")
     return f"continued by {'edited code' if by_hand else 'another release'}: {', '.join(edited)}"
-
-
-REMEDIES = "--name TAG gives this variant a folder of its own, its stage's --fresh starts it over"
 
 
 def find_device(name: str) -> torch.device:

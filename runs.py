@@ -46,6 +46,7 @@ OWN_FILES = """config.json result.json scores.json log.csv checkpoint.pt checkpo
     subset.npy scores.npy never_learned.npy gradient_norm.npy coherence.npy projected_error.npy
     loss_barrier.npy loss_barrier_pairs.npy error_barrier_pairs.npy"""
 OWN_MODULES = ("common", "csrc", "engine", "inputs", "loading", "modelcode", "options", "runs")
+REMEDIES = "--name TAG keeps both, --fresh of its own stage starts it over"
 
 
 class OneLine:
@@ -463,10 +464,7 @@ class Run:
         self, settings: dict, made_from: dict, about: dict, here: dict, allow: Callable | None
     ) -> dict:
         """config.json: compares the settings and the origin with it, or begins the run."""
-        path, remedy = (
-            self.folder / "config.json",
-            "--name TAG keeps both, --fresh of its own stage starts it over",
-        )
+        path = self.folder / "config.json"
         if not path.exists():
             self.check_writable()
             (self.folder / "log.csv").unlink(missing_ok=True)  # of a run that lost its config
@@ -483,16 +481,16 @@ class Run:
         if (number := config.pop("format")) != FORMAT:
             raise FormatError(
                 f"{self.folder} was written by an earlier version (format {number}, this continues "
-                f"{FORMAT}): it can be read, not continued; {remedy}"
+                f"{FORMAT}): it can be read, not continued; {REMEDIES}"
             )
         if changes := differences(config["settings"], settings):
             what = f"{self.folder} was created with different settings"
-            raise UserError(f"{what} ({changes}): {remedy}")
+            raise UserError(f"{what} ({changes}): {REMEDIES}")
         before = json.dumps(config)
         if changes := differences(config["made_from"], made_from):
             try:
                 if allow is None:
-                    raise UserError(f"was made from something else ({changes}): {remedy}")
+                    raise UserError(f"was made from something else ({changes}): {REMEDIES}")
                 if line := allow(config["made_from"], made_from):
                     warn(f"{self.folder}: {line}")
             except UserError as e:

@@ -84,9 +84,7 @@ class Settings(options.Subset):
     def check(cls, given: dict[str, Any], values: dict[str, Any]) -> None:
         super().check(given, values)
         if values["warmup"] == (0,):
-            if names := options.subset_flags({k: v for k, v in given.items() if v != "all"}):
-                runs.warn(f"--warmup 0: no phase 1, for which {', '.join(names)} would be")
-            values |= options.NO_SUBSET
+            options.drop_subset(given, values, "--warmup 0: no phase 1")
         longest = max(values["warmup"])
         if longest > values["steps"]:
             raise UserError(f"--warmup {longest}: longer than --steps {values['steps']}")
@@ -261,11 +259,6 @@ def finish(study: Study, length: int, group: list[Run], progress) -> None:
         run.finish({**numbers, "sharpness": sharpness, "seconds": seconds, "ended": None})
 
 
-def at_length(s: Settings, length: int) -> Settings:
-    """The settings of one length of warmup; without any no subset is seen."""
-    return s.without_subset() if length == 0 else s
-
-
 def name_of(s: Settings, length: int) -> str:
     """Of one length of warmup."""
     return options.run_name(s, options.subset_name(s), f"warmup{length}")
@@ -273,7 +266,7 @@ def name_of(s: Settings, length: int) -> str:
 
 def run_length(study: Study, length: int) -> list[Run]:
     """Both phases at one length of warmup; the finished runs."""
-    study = dataclasses.replace(study, settings=at_length(study.settings, length))
+    study = dataclasses.replace(study, settings=study.settings.of_phase(length))
     s = study.settings
     settings = study.describe("subset", "label_noise", "sharpness_every", "sharpness_sample")
     settings |= {"warmup": length}
@@ -311,7 +304,7 @@ def plan(s: Settings) -> list[options.Planned]:
     """The runs of every length; reads no data."""
     found = []
     for length in s.warmup:
-        one = at_length(s, length)
+        one = s.of_phase(length)
         folder = options.run_folder(one, "warmup", name_of(one, length))
         found += options.planned(folder, s.replicate, s.steps, 2 * bool(length))
     return found
@@ -323,7 +316,7 @@ def main(s: Settings, handed_in: options.HandedIn = options.NOTHING) -> list[dic
     study = common.prepare(s, __file__, handed_in)
     s = study.settings
     check_sample(s, study.data)
-    folders = [study.folder("warmup", name_of(at_length(s, t), t)) for t in s.warmup]
+    folders = [study.folder("warmup", name_of(s.of_phase(t), t)) for t in s.warmup]
     if not common.announce(study, ", ".join(map(str, folders))):
         return None
     study, finished, lengths = common.rank(study), [], {}
