@@ -599,7 +599,7 @@ def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16:
     saved, flags = tried.state_dict(), kept(tried, bool)
     counts = {k: b for k, b in tried.named_buffers() if not (k in saved and b.is_floating_point())}
     statistics = networks.statistics.clone()
-    before = {k: fingerprint(b) for k, b in counts.items()}
+    before = fingerprints(counts)
     others = random.getstate(), str(np.random.get_state())
     with torch.random.fork_rng(devices=[]):
         state, drawn = torch.get_rng_state(), []
@@ -617,10 +617,10 @@ def try_batch(networks: Networks, x: Tensor, labels: Tensor, classes: int, bf16:
     drawn += ["the module"] * (others != (random.getstate(), str(np.random.get_state())))
     if drawn:
         raise ValueError(f"{drawn[0]} uses randomness in forward(): exact resume is not supported")
-    for k, b in counts.items():
-        if fingerprint(b) != before[k]:
+    for k, v in fingerprints(counts).items():
+        if v != before[k]:
             remedy = "buffers must be float32" if k in saved else "register it as persistent"
-            raise ValueError(f"{k} ({b.dtype}) changes in forward(): {remedy}")
+            raise ValueError(f"{k} ({counts[k].dtype}) changes in forward(): {remedy}")
     for k, v in kept(tried).items():
         if v != flags.get(k, v) or v != once.get(k, v):
             raise ValueError(f"{k} changes in forward() but is no buffer: it would not be saved")

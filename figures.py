@@ -43,12 +43,14 @@ if __name__ == "__main__":  # a notebook's may not be installed here, and none i
 import matplotlib
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy import stats
 
+import common
 import options
 import records
 import runs
@@ -563,10 +565,6 @@ def examples(
     folders: Iterable[str] = (),
 ) -> Iterator[tuple[str, Picture]]:
     """A picture of each folder of EL2N scores; `folders` are data sets of images by path."""
-    import torch  # here, since no other figure needs data
-
-    import common
-
     found = [m for out in outs or table["out"].unique() for m in records.read_metrics(Path(out))]
     for m in (m for m in found if m["metric"] == "el2n" and not m["label_noise"][0]):
         scores, name = records.load(m["folder"] / "scores.npy"), m["dataset"]

@@ -280,8 +280,12 @@ def check_images(value: Any, name: str) -> np.ndarray:
     shape = images.shape
     if images.ndim not in (3, 4) or 0 in shape[1:]:
         raise UserError(f"{name} has shape {shape}, not (N, H, W) or (N, H, W, C)")
-    few = images.ndim == 4 and (shape[1] < min(5, shape[2]) or shape[1] != shape[2] == shape[3])
-    if few and shape[3] > 4:
+    # A second dimension that is small, or unlike two equal ones behind it, counts channels.
+    if (
+        images.ndim == 4
+        and shape[3] > 4
+        and (shape[1] < min(5, shape[2]) or shape[1] != shape[2] == shape[3])
+    ):
         raise UserError(f"{name} has shape {shape}, channels first: transpose it to (N, H, W, C)")
     if images.dtype.kind not in "iuf":
         raise UserError(f"{name} has dtype {images.dtype}: convert them to uint8, 0 to 255")

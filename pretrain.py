@@ -101,7 +101,7 @@ def tracker(study: common.Study) -> common.Track:
     def track(t: engine.Training, group: list[runs.Run]) -> Callable[[int], None]:
         networks, samples = t.networks, []
         t.at = frozenset([*range(0, s.rewind, s.every), s.rewind])
-        order = sorted(t.at)
+        position = {step: k for k, step in enumerate(sorted(t.at))}
         if "gradient-norm" in s.track:
             norms = torch.zeros(networks.rows, s.rewind, device=study.device)
             t.extra["gradient_norm"] = norms
@@ -109,7 +109,7 @@ def tracker(study: common.Study) -> common.Track:
                 0, step, networks.gradient[row].norm()[None]
             )
         if "coherence" in s.track:
-            shape = (networks.rows, len(order), BATCHES)
+            shape = (networks.rows, len(position), BATCHES)
             t.extra["coherence"] = torch.zeros(shape, device=study.device)
         for run, stream in zip(group, t.streams, strict=True):
             key = engine.philox_key(s.seed, "sample", run.replicate)
@@ -127,7 +127,7 @@ def tracker(study: common.Study) -> common.Track:
             if "coherence" in s.track:
                 for r, row in enumerate(rows):
                     cosines = coherence(t, r, samples[r], step)
-                    t.extra["coherence"][r, order.index(step)] = cosines
+                    t.extra["coherence"][r, position[step]] = cosines
                     row["coherence"] = cosines.mean().item()
             for run, row in zip(group, rows, strict=True):
                 run.log("pretrain", step, **row)

@@ -116,10 +116,9 @@ def unlike_others(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
 
 def edited(codes: list[dict[str, str | None]]) -> list[str]:
     """The files in which runs differ by more than a release, of hashes by role."""
-    found = {
-        role: {code.get(role) for code in codes} - {None} for role in {*itertools.chain(*codes)}
-    }
-    return sorted(k for k, x in found.items() if len(x) > 1 and x - options.released())
+    roles, known = {*itertools.chain(*codes)}, options.released()
+    found = {role: {code.get(role) for code in codes} - {None} for role in roles}
+    return sorted(role for role, x in found.items() if len(x) > 1 and x - known)
 
 
 def variants(settings: pd.Series) -> list[str]:

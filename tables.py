@@ -25,11 +25,11 @@ from scipy import stats
 import options
 import records
 import runs
+from lmc import CONNECTED
 from records import SOURCE, STAGES, Curve, Page, all_data, as_points, pick, span
 
 FINAL_LEVEL = {"cifar100": 11}  # of the paper's Figure 5, else 7
 DENSE = {"cinic10": 400}  # rewind of the run whose level 0 the paper calls dense, else t*
-CONNECTED = 0.02  # error barrier
 TESTED = ["difference", "standard_error", "p"]
 
 # ---- comparing -----------------------------------------------------------------------------------
